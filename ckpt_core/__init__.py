@@ -1,0 +1,1 @@
+"""Replace the weights of running LLM inference engines in place, exactly and safely."""

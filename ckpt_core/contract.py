@@ -1,0 +1,258 @@
+"""The data that hooks take and return: what the core and a plugin tell each other.
+
+Nothing here imports torch or an engine: `ckpt engines` reads it on a laptop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from ckpt_core.capability import UNKNOWN, Capability, Support
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckpt_core.layout import Box
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What a plugin says of itself and its engine, in any process and without importing the engine.
+
+    Attributes:
+        name: the entry point's name, e.g. "vllm".
+        plugin_version: version of the plugin.
+        engine_version: installed version of the engine, or None where it is not installed.
+        capabilities: a level for each capability the plugin knows about; the others are UNKNOWN.
+    """
+
+    name: str
+    plugin_version: str
+    engine_version: str | None
+    capabilities: Mapping[Capability, Support]
+
+    def support(self, capability: Capability) -> Support:
+        """Level of one capability."""
+        return self.capabilities.get(capability, UNKNOWN)
+
+
+class DeviceKind(Enum):
+    """Where live weights are."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankInfo:
+    """Who a rank of an engine is. The core adds host, process and namespace facts by itself.
+
+    Attributes:
+        instance_id: one per engine start, the same on all its ranks; a restarted engine has another one.
+        device_kind, device_index: where the live weights are, as torch counts in this process.
+        device_uuid: hardware UUID of the accelerator; on CPU any string unique per rank of the instance.
+        rank, world_size: position among all ranks of the engine instance.
+        tp_rank .. dp_size: coordinates in each kind of parallelism.
+    """
+
+    instance_id: str
+    device_kind: DeviceKind
+    device_index: int
+    device_uuid: str
+    rank: int
+    world_size: int
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """One attempt to move engines to a checkpoint, as hooks see it.
+
+    Attributes:
+        update_id: unique per attempt.
+        version: label of the checkpoint.
+        digest: content digest of the checkpoint (hex), which the label is bound to.
+        expected: names that will arrive.
+        partial: only some of the engine's tensors arrive; the others stay as they are.
+    """
+
+    update_id: str
+    version: str
+    digest: str
+    expected: frozenset[str]
+    partial: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadTensor:
+    """One tensor, or a box of one, in a bucket. The tensor is a view of the ring: valid until the hook returns.
+
+    Attributes:
+        name: its name in the checkpoint.
+        tensor: on the rank's device, of the box's shape and the checkpoint's dtype, contiguous.
+        box: which part of the checkpoint tensor this is; None for the whole.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    box: Box | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadBucket:
+    """What one call of `ckpt_load` gets. `index` counts from 0; order is the same on every rank."""
+
+    index: int
+    tensors: tuple[LoadTensor, ...]
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor, as engines' `load_weights` take them.
+
+        Raises:
+            ValueError: a tensor is only a part; the plugin declared it can take parts, so it must look at `box`.
+        """
+        for item in self.tensors:
+            if item.box is not None:
+                raise ValueError(f"tensor {item.name!r} arrived in parts; use bucket.tensors and look at box")
+            yield item.name, item.tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What the engine did with a bucket.
+
+    Attributes:
+        loaded: checkpoint names that were written into parameters or kept for it.
+        ignored: checkpoint names that this rank has no use for (another stage's, a tied head).
+        retained_bytes: bytes cloned because the engine keeps them until a module is complete.
+    """
+
+    loaded: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    retained_bytes: int = 0
+
+
+class AbortOutcome(Enum):
+    """What an aborted update left in this rank.
+
+    UNTOUCHED: no parameter was written. RELOADABLE: parameters are mixed, and a new update repairs them.
+    POISONED: mixed, and the engine must be restarted or proved right before it may serve.
+    """
+
+    UNTOUCHED = "untouched"
+    RELOADABLE = "reloadable"
+    POISONED = "poisoned"
+
+
+class LiveState(Enum):
+    """PURE: the bits are those of checkpoint slices. PROCESSED: the engine made them from such (quantised, packed)."""
+
+    PURE = "pure"
+    PROCESSED = "processed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveTensor:
+    """A live parameter, buffer or derived tensor of a rank. The tensor is the live storage, not a copy."""
+
+    tensor: torch.Tensor
+    state: LiveState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordingTarget:
+    """A model to record a loader on.
+
+    Attributes:
+        model: has parameters of load-format shape, which carry no data.
+        load: takes an iterable of (name, tensor) like the engine's own loader.
+    """
+
+    model: Any
+    load: Callable[[Any], Any]
+
+
+class EndpointState(Enum):
+    """What an engine instance is doing, as seen from outside."""
+
+    SERVING = "serving"
+    PAUSED = "paused"
+    ASLEEP = "asleep"
+    UPDATING = "updating"
+    WAITING_FOR_WEIGHTS = "waiting_for_weights"
+    POISONED = "poisoned"
+    STARTING = "starting"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointStatus:
+    """Answer of `ckpt_ready`.
+
+    Attributes:
+        engine: name the server gives itself; compared with the plugin's.
+        state: what it does now.
+        world_size: number of ranks that will dial in when attached.
+        device_kind: where its weights are.
+        instance_id: see RankInfo; empty where the engine does not tell.
+        version: version it serves; empty where it does not know.
+        detail: one line for people, e.g. why it is not ready.
+    """
+
+    engine: str
+    state: EndpointState
+    world_size: int
+    device_kind: DeviceKind
+    instance_id: str = ""
+    version: str = ""
+    detail: str = ""
+
+
+class PauseMode(Enum):
+    """What happens to requests in flight. abort: they end; wait: they finish first; keep: they freeze and go on
+    with their cache; retract: they lose their cache and are computed again; in_place: as keep, at once."""
+
+    ABORT = "abort"
+    WAIT = "wait"
+    KEEP = "keep"
+    RETRACT = "retract"
+    IN_PLACE = "in_place"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """All that an attach call carries: where to dial in, and the proof that one was asked.
+
+    Attributes:
+        address: ZeroMQ address of the controller.
+        token: secret of this update.
+        update_id: of this update.
+        silence_timeout_s: without a word from the controller for this long, the rank aborts by itself.
+        endpoint_index: which endpoint of the update this engine instance is.
+    """
+
+    address: str
+    token: str
+    update_id: str
+    silence_timeout_s: float
+    endpoint_index: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachResult:
+    """What the blocking attach call returns on each rank. Informational: outcomes travel on the update's socket."""
+
+    rank: int
+    outcome: str
+    error: str = ""
+    details: Mapping[str, str] = field(default_factory=dict)
