@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Run parts of the test suite one after the other, each as `make PART`, and print what each took.
+#
+#   .ci/parts.sh PART...
+#
+# A failing part does not keep the others from running, except the first, the set-up. Exit status 1 where any failed.
+# PART_TIMEOUT bounds each part (30m).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly TIMED_OUT=124
+timeout=${PART_TIMEOUT:-30m}
+rows=()
+failed=0
+began_s=$SECONDS
+
+minutes() { awk -v seconds="$1" 'BEGIN { printf "%.2f", seconds / 60 }'; }
+
+verdict() {
+    case $1 in
+        0) echo ok ;;
+        "$TIMED_OUT") echo "FAILED: over $timeout" ;;
+        *) echo "FAILED" ;;
+    esac
+}
+
+print_table() {
+    printf '\n%-12s %8s  %s\n' part minutes result
+    for row in "${rows[@]}"; do
+        IFS='|' read -r part taken result <<<"$row"
+        printf '%-12s %8s  %s\n' "$part" "$taken" "$result"
+    done
+    printf '%-12s %8s\n' total "$(minutes $((SECONDS - began_s)))"
+}
+
+trap 'rows+=("$part|-|interrupted"); print_table; exit 130' INT TERM
+
+for part in "$@"; do
+    printf '\n==== %s\n' "$part"
+    part_began_s=$SECONDS
+    # in the foreground: a background job would hand SIGINT ignored to every process under test
+    timeout --foreground --kill-after=30s "$timeout" "${MAKE:-make}" --no-print-directory "$part"
+    status=$?
+    rows+=("$part|$(minutes $((SECONDS - part_began_s)))|$(verdict $status)")
+    ((status == 0)) && continue
+    failed=1
+    [[ $part == "$1" ]] && break
+done
+print_table
+exit $failed

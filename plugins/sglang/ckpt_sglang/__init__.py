@@ -1,0 +1,1 @@
+"""Plugin that maps SGLang onto the hooks of ckpt_core."""

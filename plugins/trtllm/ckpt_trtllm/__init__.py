@@ -1,0 +1,1 @@
+"""Plugin that maps TensorRT-LLM onto the hooks of ckpt_core."""

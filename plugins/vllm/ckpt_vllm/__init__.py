@@ -1,0 +1,1 @@
+"""Plugin that maps vLLM onto the hooks of ckpt_core."""
