@@ -1,0 +1,324 @@
+"""The plan of an update: which bucket, by whom, to whom, in which order, and where in whose ring.
+
+Made once by the controller, checked by everybody who follows it, known by its digest. It holds for every
+checkpoint of the same structure.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NoReturn
+
+import msgspec
+import xxhash
+
+from ckpt_core.assign import assign_owners
+from ckpt_core.bucket import ALIGN_BYTES, Bucket, Piece, bits, bytes_needed, collect_needs, pack
+from ckpt_core.errors import CapacityError, PlanError
+from ckpt_core.layout import Box, Layout, box_of, covers
+from ckpt_core.manifest import Manifest, TensorMeta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One bucket on its way.
+
+    Attributes:
+        index: place in the order in which receivers consume, from 0.
+        bucket: what travels.
+        owner: the agent that fills it.
+        seq: its number among the buckets of that owner, from 1.
+        ring_offset_bytes: where it lies in the owner's ring, aligned; never across the end.
+        free_after_seq: the highest earlier seq of the owner whose bytes it overwrites, 0 for none. The
+            owner may fill it once every receiver is done with that one.
+        receivers: who needs an element of it, in ascending order. The others pass over it without waiting.
+    """
+
+    index: int
+    bucket: Bucket
+    owner: int
+    seq: int
+    ring_offset_bytes: int
+    free_after_seq: int
+    receivers: tuple[int, ...]
+
+
+# No slots: cached_property needs a __dict__. Only the declared fields travel.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All steps of an update.
+
+    Attributes:
+        structure_digest: of the manifests it holds for.
+        asked_ring_bytes: size of each ring as asked for.
+        ring_bytes: size as planned: larger where one bucket is larger than what was asked for.
+        bucket_bytes: size of a bucket as asked for; a tensor that may not be cut can be larger.
+        agents: number of owners.
+        receivers: number of receivers.
+        bytes_needed_by_receiver: what each receiver's layout needs, without padding and other ranks' rows.
+        steps: in the order of consumption.
+    """
+
+    structure_digest: str
+    asked_ring_bytes: int
+    ring_bytes: int
+    bucket_bytes: int
+    agents: int
+    receivers: int
+    bytes_needed_by_receiver: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-128 of the plan; what ranks and agents agree on."""
+        return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(self))
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes of all buckets: what enters the host."""
+        return sum(step.bucket.size_bytes for step in self.steps)
+
+    @cached_property
+    def bytes_by_owner(self) -> tuple[int, ...]:
+        """Bytes that each agent sends."""
+        total = [0] * self.agents
+        for step in self.steps:
+            total[step.owner] += step.bucket.size_bytes
+        return tuple(total)
+
+    @property
+    def ring_grew(self) -> bool:
+        """Whether the ring is larger than what was asked for."""
+        return self.ring_bytes > self.asked_ring_bytes
+
+
+def make_plan(
+    manifest: Manifest, layouts: Sequence[Layout], *, agents: int, ring_bytes: int, bucket_bytes: int
+) -> Plan:
+    """Plan to bring every receiver what its layout needs.
+
+    Args:
+        manifest: the checkpoint; contents do not matter.
+        layouts: one per receiver.
+        agents: number of agents, each with a ring.
+        ring_bytes: size of each ring; grows to the largest bucket if that is larger.
+        bucket_bytes: size of a bucket.
+
+    Raises:
+        CapacityError: sizes or numbers with which nothing can be sent.
+        ManifestError, CoverageError: a layout does not fit the checkpoint.
+    """
+    for what, got, least in (
+        ("agents", agents, 1),
+        ("receivers", len(layouts), 1),
+        ("ring size in bytes", ring_bytes, ALIGN_BYTES),
+        ("bucket size in bytes", bucket_bytes, ALIGN_BYTES),
+    ):
+        if got < least:
+            raise CapacityError(f"{what}: expected at least {least}, got {got}; give more")
+    needs = collect_needs(manifest, layouts)
+    buckets = pack(manifest, needs, bucket_bytes=bucket_bytes)
+    largest = max((bucket.size_bytes for bucket in buckets), default=0)
+    actual_ring_bytes = max(ring_bytes // ALIGN_BYTES * ALIGN_BYTES, largest)
+    receivers = []
+    for bucket in buckets:
+        mask = 0
+        for piece in bucket.pieces:
+            mask |= needs[piece.tensor].receivers(piece.box)
+        receivers.append(tuple(bits(mask)))
+    return Plan(
+        structure_digest=manifest.structure_digest,
+        asked_ring_bytes=ring_bytes,
+        ring_bytes=actual_ring_bytes,
+        bucket_bytes=bucket_bytes,
+        agents=agents,
+        receivers=len(layouts),
+        bytes_needed_by_receiver=bytes_needed(manifest, needs, len(layouts)),
+        steps=tuple(_steps(buckets, receivers, agents, actual_ring_bytes)),
+    )
+
+
+def _steps(
+    buckets: Sequence[Bucket], receivers: Sequence[tuple[int, ...]], agents: int, ring_bytes: int
+) -> Iterable[Step]:
+    rings = [_Ring(ring_bytes) for _ in range(agents)]
+    owners = assign_owners([bucket.size_bytes for bucket in buckets], agents)
+    for bucket, owner, to in zip(buckets, owners, receivers, strict=True):
+        offset, seq, free_after = rings[owner].append(bucket.size_bytes)
+        yield Step(
+            index=bucket.index,
+            bucket=bucket,
+            owner=owner,
+            seq=seq,
+            ring_offset_bytes=offset,
+            free_after_seq=free_after,
+            receivers=to,
+        )
+
+
+class LastWriters:
+    """Which bucket wrote each byte of a ring last: disjoint intervals in ascending order."""
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        self._seqs: list[int] = []
+
+    def overwrite(self, begin: int, end: int, seq: int) -> int:
+        """Note that `seq` writes [begin, end). Highest seq that it overwrites, 0 for none."""
+        if begin == end:
+            return 0
+        first, last = bisect_right(self._ends, begin), bisect_left(self._begins, end)
+        begins, ends, seqs = [begin], [end], [seq]
+        highest = max(self._seqs[first:last], default=0)
+        if first < last and self._begins[first] < begin:
+            begins, ends, seqs = [self._begins[first], *begins], [begin, *ends], [self._seqs[first], *seqs]
+        if first < last and self._ends[last - 1] > end:
+            begins, ends, seqs = [*begins, end], [*ends, self._ends[last - 1]], [*seqs, self._seqs[last - 1]]
+        self._begins[first:last], self._ends[first:last], self._seqs[first:last] = begins, ends, seqs
+        return highest
+
+
+class _Ring:
+    """Lays buckets one behind the other; what does not fit before the end begins at 0 again."""
+
+    def __init__(self, ring_bytes: int) -> None:
+        self._ring_bytes = ring_bytes
+        self._head = 0
+        self._seq = 0
+        self._writers = LastWriters()
+
+    def append(self, size_bytes: int) -> tuple[int, int, int]:
+        """Offset, seq and free_after_seq of the next bucket."""
+        assert size_bytes <= self._ring_bytes, (size_bytes, self._ring_bytes)
+        if self._head + size_bytes > self._ring_bytes:
+            self._head = 0
+        offset = self._head
+        self._seq += 1
+        self._head += size_bytes
+        return offset, self._seq, self._writers.overwrite(offset, self._head, self._seq)
+
+
+# -- checks of a plan that somebody else made ----------------------------------------------------------------
+def check_plan(plan: Plan, manifest: Manifest, layouts: Mapping[int, Layout] | None = None) -> None:
+    """Prove that a plan is safe to follow for this checkpoint.
+
+    No byte of a ring is written before it was read, all offsets and indexes are in range, no byte of the
+    checkpoint is sent twice; and for the receivers in `layouts` (by number), all bytes of their slices arrive.
+
+    Raises:
+        PlanError: it is not; nothing must be sent by it.
+    """
+    if plan.structure_digest != manifest.structure_digest:
+        _refuse("structure digest", manifest.structure_digest, plan.structure_digest)
+    if plan.agents < 1 or len(plan.bytes_needed_by_receiver) != plan.receivers:
+        got = f"{plan.agents} agents, {plan.receivers} receivers, {len(plan.bytes_needed_by_receiver)} needs"
+        _refuse("participants", "at least one agent, and what each receiver needs", got)
+    last_seqs = [0] * plan.agents
+    rings = [LastWriters() for _ in range(plan.agents)]
+    sent: dict[int, list[tuple[int, int]]] = {}
+    for position, step in enumerate(plan.steps):
+        _check_place(plan, step, position, last_seqs)
+        _check_ring(plan, step, rings[step.owner])
+        _check_pieces(step, manifest, sent)
+    _check_sent_once(manifest, sent)
+    for receiver, layout in (layouts or {}).items():
+        _check_arrivals(plan, manifest, receiver, layout)
+
+
+def _check_place(plan: Plan, step: Step, position: int, last_seqs: list[int]) -> None:
+    where = f"step {position}"
+    if step.index != position or step.bucket.index != position:
+        _refuse(f"{where}: index", position, (step.index, step.bucket.index))
+    if not 0 <= step.owner < plan.agents:
+        _refuse(f"{where}: owner", f"0 to {plan.agents - 1}", step.owner)
+    last_seqs[step.owner] += 1
+    if step.seq != last_seqs[step.owner]:
+        _refuse(f"{where}: seq of owner {step.owner}", last_seqs[step.owner], step.seq)
+    in_range = all(0 <= receiver < plan.receivers for receiver in step.receivers)
+    if not in_range or list(step.receivers) != sorted(set(step.receivers)):
+        _refuse(f"{where}: receivers", f"ascending, 0 to {plan.receivers - 1}", step.receivers)
+
+
+def _check_ring(plan: Plan, step: Step, writers: LastWriters) -> None:
+    begin, end = step.ring_offset_bytes, step.ring_offset_bytes + step.bucket.size_bytes
+    if step.bucket.size_bytes < 0 or begin < 0 or end > plan.ring_bytes or begin % ALIGN_BYTES:
+        expected = f"aligned to {ALIGN_BYTES}, inside 0 to {plan.ring_bytes}"
+        _refuse(f"step {step.index}: bytes of the ring", expected, f"{begin} to {end}")
+    overwritten = writers.overwrite(begin, end, step.seq)
+    if not overwritten <= step.free_after_seq < step.seq:
+        expected = f"at least {overwritten}, which it overwrites, and less than {step.seq}"
+        _refuse(f"step {step.index}: free_after_seq", expected, step.free_after_seq)
+
+
+def _check_pieces(step: Step, manifest: Manifest, sent: dict[int, list[tuple[int, int]]]) -> None:
+    """Pieces must lie in the bucket without overlap, and be what they say of the checkpoint."""
+    end = 0
+    for piece in step.bucket.pieces:
+        where = f"step {step.index}: piece of tensor {piece.tensor}"
+        if not 0 <= piece.tensor < len(manifest.tensors):
+            _refuse(where, f"an index below {len(manifest.tensors)}", piece.tensor)
+        tensor = manifest.tensors[piece.tensor]
+        first, size_bytes = _span(piece, tensor)
+        if piece.size_bytes != size_bytes or (size_bytes == 0 and tensor.size_bytes):
+            expected = f"a part of {tensor.dtype.value} {list(tensor.shape)} that is contiguous"
+            _refuse(where, expected, f"{piece.box}, {piece.size_bytes} bytes")
+        if piece.offset_bytes < end or piece.offset_bytes % tensor.dtype.itemsize:
+            _refuse(f"{where}: offset", f"at least {end}, aligned", piece.offset_bytes)
+        end = piece.offset_bytes + size_bytes
+        sent.setdefault(piece.tensor, []).append((first, first + size_bytes))
+    if end > step.bucket.size_bytes:
+        _refuse(
+            f"step {step.index}: bucket size",
+            f"at least {end}, the end of its pieces",
+            step.bucket.size_bytes,
+        )
+
+
+def _span(piece: Piece, tensor: TensorMeta) -> tuple[int, int]:
+    """First byte in the tensor, and size; a size of -1 where it is no contiguous part of the tensor."""
+    if piece.box is None:
+        return 0, tensor.size_bytes
+    if not piece.box.fits(tensor.shape):
+        return 0, -1
+    runs = piece.box.byte_runs(tensor.shape, tensor.dtype.itemsize)
+    return runs.first_offset_bytes, runs.run_bytes if runs.count <= 1 else -1
+
+
+def _check_sent_once(manifest: Manifest, sent: dict[int, list[tuple[int, int]]]) -> None:
+    for index, spans in sent.items():
+        spans.sort()
+        for before, span in itertools.pairwise(spans):
+            if span[0] < before[1] or span == before:
+                name = manifest.tensors[index].name
+                _refuse(f"tensor {name!r:.200}", "every byte once", f"bytes {span[0]} to {before[1]} twice")
+
+
+def _check_arrivals(plan: Plan, manifest: Manifest, receiver: int, layout: Layout) -> None:
+    if not 0 <= receiver < plan.receivers:
+        _refuse("receiver", f"0 to {plan.receivers - 1}", receiver)
+    arrivals: dict[int, list[Box]] = {}
+    for step in plan.steps:
+        if receiver in step.receivers:
+            for piece in step.bucket.pieces:
+                box = piece.box or Box.whole(manifest.tensors[piece.tensor].shape)
+                arrivals.setdefault(piece.tensor, []).append(box)
+    for entry in layout.entries:
+        index = manifest.index_of(entry.tensor)
+        tensor = manifest.tensors[index]
+        needed = box_of(entry, tensor.shape)
+        arrived = index in arrivals or bool(tensor.size_bytes)
+        if not arrived or not covers(arrivals.get(index, ()), needed):
+            got = f"{len(arrivals.get(index, ()))} pieces without it"
+            _refuse(f"tensor {entry.tensor!r:.200} for receiver {receiver}", str(needed), got)
+
+
+def _refuse(what: str, expected: object, got: object) -> NoReturn:
+    raise PlanError(
+        f"plan: {what}: expected {expected!s:.300}, got {got!s:.300}; "
+        "the plan is not safe to follow: check that controller, agents and engines run one version"
+    )
