@@ -1,0 +1,61 @@
+"""Tensor parallel group of a rank: two collectives over gloo, or nothing at all with one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TpGroup:
+    """Position of a rank. With `size` 1 no process group is needed, and none is used."""
+
+    rank: int = 0
+    size: int = 1
+
+    def shard(self, total: int) -> int:
+        """Elements of a dimension that one rank holds."""
+        assert total % self.size == 0, (
+            f"{total} is not divisible by {self.size}; ModelConfig.check_tp comes first"
+        )
+        return total // self.size
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, accumulated in float32 whatever the dtype. May write into `partial`."""
+        if self.size == 1:
+            return partial
+        total = partial.to(device="cpu", dtype=torch.float32)
+        dist.all_reduce(total)
+        return total.to(device=partial.device, dtype=partial.dtype)
+
+    def all_gather(self, part: torch.Tensor) -> torch.Tensor:
+        """Concatenate the ranks' parts along the last dimension, in float32."""
+        if self.size == 1:
+            return part.float()
+        mine = part.to(device="cpu", dtype=torch.float32).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return torch.cat(parts, dim=-1).to(part.device)
+
+
+def open_store(port: int, *, timeout_s: float) -> TCPStore:
+    """The ranks' rendezvous on loopback, without files: port 0 hosts a new one, any other joins it."""
+    return TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=port == 0,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def join_group(store: TCPStore, *, rank: int, size: int, timeout_s: float) -> TpGroup:
+    """Form the process group. `timeout_s` is also the deadline of each collective."""
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+    )
+    return TpGroup(rank=rank, size=size)
