@@ -1,1 +1,58 @@
-"""Replace the weights of running LLM inference engines in place, exactly and safely."""
+"""Replace the weights of running LLM inference engines in place, exactly and safely.
+
+Names are loaded when they are first used: the planning modules stay importable without what the others need.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckpt_core.api import Target, Updater, update
+    from ckpt_core.config import UpdateConfig, VerifyLevel
+    from ckpt_core.contract import PauseMode
+    from ckpt_core.errors import CkptError, Outcome, UpdateAborted
+    from ckpt_core.manifest import Manifest
+    from ckpt_core.metrics import UpdateReport
+    from ckpt_core.source import open_checkpoint
+
+__all__ = [
+    "CkptError",
+    "Manifest",
+    "Outcome",
+    "PauseMode",
+    "Target",
+    "UpdateAborted",
+    "UpdateConfig",
+    "UpdateReport",
+    "Updater",
+    "VerifyLevel",
+    "open_checkpoint",
+    "update",
+]
+
+_HOME = {
+    "CkptError": "errors",
+    "Manifest": "manifest",
+    "Outcome": "errors",
+    "PauseMode": "contract",
+    "Target": "api",
+    "UpdateAborted": "errors",
+    "UpdateConfig": "config",
+    "UpdateReport": "metrics",
+    "Updater": "api",
+    "VerifyLevel": "config",
+    "open_checkpoint": "source",
+    "update": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

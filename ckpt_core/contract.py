@@ -238,6 +238,7 @@ class Rendezvous:
         token: secret of this update.
         update_id: of this update.
         silence_timeout_s: without a word from the controller for this long, the rank aborts by itself.
+        lifetime_s: the longest that the whole attach call may take.
         endpoint_index: which endpoint of the update this engine instance is.
     """
 
@@ -245,6 +246,7 @@ class Rendezvous:
     token: str
     update_id: str
     silence_timeout_s: float
+    lifetime_s: float = 3600.0
     endpoint_index: int = 0
 
 

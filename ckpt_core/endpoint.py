@@ -19,12 +19,14 @@ class EndpointOptions:
     """How to talk to an engine.
 
     Attributes:
-        timeout_s: deadline of a short call; attach has its own.
+        timeout_s: deadline of a short call; attach has its own, in the rendezvous.
+        pause_timeout_s: deadline of a pause, which may wait for requests.
         bearer_token: sent as `Authorization: Bearer`; empty for none.
         verify_tls: check the server's certificate.
     """
 
     timeout_s: float = 30.0
+    pause_timeout_s: float = 120.0
     bearer_token: str = ""
     verify_tls: bool = True
 

@@ -29,7 +29,7 @@ Messages name the rank, the engine, the tensor, what was expected and what was g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 
@@ -147,16 +147,31 @@ class Outcome(Enum):
 
 
 class UpdateAborted(CkptError):
-    """The update ended without a commit.
+    """The update ended without a commit on every rank.
 
     Attributes:
-        outcome: CLEAN, RESTORED or POISONED.
+        outcome: CLEAN, RESTORED or POISONED, the worst of all engines.
+        by_endpoint: the same per engine; COMMITTED where only others failed to commit.
         causes: what led to it, first cause first.
     """
 
-    exit_code = 9
-
-    def __init__(self, message: str, *, outcome: Outcome, causes: Sequence[BaseException] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        outcome: Outcome,
+        by_endpoint: Mapping[str, Outcome] | None = None,
+        causes: Sequence[BaseException] = (),
+    ) -> None:
         super().__init__(message)
         self.outcome = outcome
+        self.by_endpoint = dict(by_endpoint or {})
         self.causes = tuple(causes)
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        """10, 11 or 12 for CLEAN, RESTORED and POISONED."""
+        return _EXIT_CODE_OF[self.outcome]
+
+
+_EXIT_CODE_OF = {Outcome.COMMITTED: 0, Outcome.CLEAN: 10, Outcome.RESTORED: 11, Outcome.POISONED: 12}

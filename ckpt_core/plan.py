@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from typing import NoReturn
 
 import msgspec
 import xxhash
 
 from ckpt_core.assign import assign_owners
-from ckpt_core.bucket import ALIGN_BYTES, Bucket, Piece, bits, bytes_needed, collect_needs, pack
+from ckpt_core.bucket import ALIGN_BYTES, Bucket, Piece, bits, collect_needs, pack
 from ckpt_core.errors import CapacityError, PlanError
 from ckpt_core.layout import Box, Layout, box_of, covers
 from ckpt_core.manifest import Manifest, TensorMeta
@@ -121,15 +121,9 @@ def make_plan(
         if got < least:
             raise CapacityError(f"{what}: expected at least {least}, got {got}; give more")
     needs = collect_needs(manifest, layouts)
-    buckets = pack(manifest, needs, bucket_bytes=bucket_bytes)
-    largest = max((bucket.size_bytes for bucket in buckets), default=0)
+    buckets = pack(needs, bucket_bytes=bucket_bytes)
+    largest = max((bucket.size_bytes for bucket, _ in buckets), default=0)
     actual_ring_bytes = max(ring_bytes // ALIGN_BYTES * ALIGN_BYTES, largest)
-    receivers = []
-    for bucket in buckets:
-        mask = 0
-        for piece in bucket.pieces:
-            mask |= needs[piece.tensor].receivers(piece.box)
-        receivers.append(tuple(bits(mask)))
     return Plan(
         structure_digest=manifest.structure_digest,
         asked_ring_bytes=ring_bytes,
@@ -137,17 +131,15 @@ def make_plan(
         bucket_bytes=bucket_bytes,
         agents=agents,
         receivers=len(layouts),
-        bytes_needed_by_receiver=bytes_needed(manifest, needs, len(layouts)),
-        steps=tuple(_steps(buckets, receivers, agents, actual_ring_bytes)),
+        bytes_needed_by_receiver=needs.bytes_by_receiver(),
+        steps=tuple(_steps(buckets, agents, actual_ring_bytes)),
     )
 
 
-def _steps(
-    buckets: Sequence[Bucket], receivers: Sequence[tuple[int, ...]], agents: int, ring_bytes: int
-) -> Iterable[Step]:
+def _steps(buckets: Sequence[tuple[Bucket, int]], agents: int, ring_bytes: int) -> Iterator[Step]:
     rings = [_Ring(ring_bytes) for _ in range(agents)]
-    owners = assign_owners([bucket.size_bytes for bucket in buckets], agents)
-    for bucket, owner, to in zip(buckets, owners, receivers, strict=True):
+    owners = assign_owners([bucket.size_bytes for bucket, _ in buckets], agents)
+    for (bucket, receivers), owner in zip(buckets, owners, strict=True):
         offset, seq, free_after = rings[owner].append(bucket.size_bytes)
         yield Step(
             index=bucket.index,
@@ -156,7 +148,7 @@ def _steps(
             seq=seq,
             ring_offset_bytes=offset,
             free_after_seq=free_after,
-            receivers=to,
+            receivers=tuple(bits(receivers)),
         )
 
 
@@ -283,9 +275,15 @@ def _span(piece: Piece, tensor: TensorMeta) -> tuple[int, int]:
     """First byte in the tensor, and size; a size of -1 where it is no contiguous part of the tensor."""
     if piece.box is None:
         return 0, tensor.size_bytes
-    if not piece.box.fits(tensor.shape):
+    return _box_span(piece.box, tensor.shape, tensor.dtype.itemsize)
+
+
+# Models repeat a few shapes, and so do the pieces cut from them.
+@lru_cache(maxsize=4096)
+def _box_span(box: Box, shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    if not box.fits(shape):
         return 0, -1
-    runs = piece.box.byte_runs(tensor.shape, tensor.dtype.itemsize)
+    runs = box.byte_runs(shape, itemsize)
     return runs.first_offset_bytes, runs.run_bytes if runs.count <= 1 else -1
 
 
@@ -307,13 +305,15 @@ def _check_arrivals(plan: Plan, manifest: Manifest, receiver: int, layout: Layou
             for piece in step.bucket.pieces:
                 box = piece.box or Box.whole(manifest.tensors[piece.tensor].shape)
                 arrivals.setdefault(piece.tensor, []).append(box)
+    covered = cache(covers)
     for entry in layout.entries:
         index = manifest.index_of(entry.tensor)
         tensor = manifest.tensors[index]
         needed = box_of(entry, tensor.shape)
-        arrived = index in arrivals or bool(tensor.size_bytes)
-        if not arrived or not covers(arrivals.get(index, ()), needed):
-            got = f"{len(arrivals.get(index, ()))} pieces without it"
+        parts = tuple(arrivals.get(index, ()))
+        arrived = bool(parts or tensor.size_bytes)
+        if not arrived or not covered(parts, needed):
+            got = f"{len(parts)} pieces without it"
             _refuse(f"tensor {entry.tensor!r:.200} for receiver {receiver}", str(needed), got)
 
 

@@ -1,0 +1,198 @@
+"""The agent process: owns the host pool of one checkpoint and one ring, and does what the controller says.
+
+Started as `python -m ckpt_core.agent` with one line of JSON on standard input (so that the token is in no process list).
+It ends when told to, when standard input closes (its parent is gone), or when the controller falls silent. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from ckpt_core import process, wire
+from ckpt_core.channel import AbortRequested, Line
+from ckpt_core.device import device_of
+from ckpt_core.errors import CkptError, PeerLost, TransferTimeout, TransportError
+from ckpt_core.pipeline import send
+from ckpt_core.polling import Poller
+from ckpt_core.staging import HostPool
+from ckpt_core.transport.ipc import IpcRingWriter
+
+_log = logging.getLogger(__name__)
+_IDLE_POLL_S = 0.2
+_PROGRESS_EVERY_S = 0.1
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an agent is started with.
+
+    Attributes:
+        address, token: of the controller's hub.
+        index: which agent of the group this is.
+        directory: 0700 directory for its shared memory.
+        device: where its ring lives.
+        silence_timeout_s: it ends when it hears nothing for that long.
+    """
+
+    address: str
+    token: str
+    index: int
+    directory: str
+    device: str = "cpu"
+    silence_timeout_s: float = 20.0
+    log_level: str = "WARNING"
+
+
+class Agent:
+    """The state of one agent between messages."""
+
+    def __init__(self, config: AgentConfig, line: Line) -> None:
+        self._config = config
+        self._line = line
+        self._pool: HostPool | None = None
+        self._writer: IpcRingWriter | None = None
+        self._handlers: dict[type[wire.Message], Callable[..., wire.AnyMessage | None]] = {
+            wire.Prepare: self._prepare,
+            wire.OpenRing: self._open_ring,
+            wire.Send: self._send,
+            wire.CloseRing: self._close_ring,
+            wire.Abort: self._close_ring,
+        }
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        self._line.send(wire.AgentHello(agent=self._config.index, process=process.current()))
+        try:
+            while not isinstance(message := self._next(), wire.Stop):
+                self._handle(message)
+        finally:
+            self._close_ring(None)
+            self._close_pool()
+
+    def _next(self) -> wire.AnyMessage:
+        while (message := self._line.poll(_IDLE_POLL_S)) is None:
+            _check_parent()
+        return message
+
+    def _handle(self, message: wire.AnyMessage) -> None:
+        try:
+            handler = self._handlers.get(type(message))
+            if handler is None:
+                raise TransportError(f"an agent has no use for a {type(message).__name__}")
+            reply = handler(message)
+        except AbortRequested:
+            reply = self._close_ring(None)
+        except PeerLost:
+            raise
+        except Exception as error:
+            reply = _failure(error, type(message).__name__)
+        if reply is not None:
+            self._line.send(reply)
+
+    def _prepare(self, message: wire.Prepare) -> wire.Prepared:
+        self._close_pool()
+        self._pool = HostPool(message.index)
+        start = told = time.perf_counter()
+        digests: dict[str, str] = {}
+        size = 0
+        for name in message.digest:
+            digests[name] = self._pool.digest(name)
+            size += self._pool.tensor(name).size
+            if time.perf_counter() - told > _PROGRESS_EVERY_S:
+                told = time.perf_counter()
+                self._line.send(wire.Progress(done_bytes=size))
+                self._check()
+        return wire.Prepared(digests=digests, seconds=time.perf_counter() - start, size_bytes=size)
+
+    def _open_ring(self, message: wire.OpenRing) -> wire.RingOpened:
+        self._close_ring(None)
+        self._writer = IpcRingWriter(
+            owner=self._config.index,
+            receivers=message.receivers,
+            ring_bytes=message.ring_bytes,
+            device=device_of(self._config.device),
+            directory=Path(self._config.directory),
+        )
+        return wire.RingOpened(offer=self._writer.offer())
+
+    def _send(self, message: wire.Send) -> wire.Sent:
+        if self._pool is None or self._writer is None:
+            raise TransportError("asked to send before a checkpoint was prepared and a ring opened")
+        poller = Poller(
+            check=self._check,
+            deadline=time.monotonic() + message.timeout_s,
+            expired=lambda what: TransferTimeout(
+                f"agent {self._config.index} waited {message.timeout_s:g} s for {what}"
+            ),
+        )
+        stats = send(
+            message.plan,
+            self._config.index,
+            pool=self._pool,
+            manifest=message.manifest,
+            writer=self._writer,
+            poller=poller,
+        )
+        self._pool.check_unchanged()
+        return wire.Sent(stats=stats)
+
+    def _close_ring(self, _message: object) -> wire.RingClosed:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        return wire.RingClosed()
+
+    def _close_pool(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def _check(self) -> None:
+        _check_parent()
+        self._line.check_abort()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    config = msgspec.json.decode(_first_line(), type=AgentConfig)
+    logging.basicConfig(level=config.log_level, format=f"ckpt-agent {config.index}: %(levelname)s %(message)s")
+    try:
+        with Line(config.address, config.token, config.silence_timeout_s) as line:
+            Agent(config, line).run()
+    except CkptError as error:
+        _log.warning("ending: %s", error)
+        sys.exit(1)
+
+
+def _first_line() -> bytes:
+    """Standard input up to the first newline, unbuffered: the rest is watched for its end."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            sys.exit("ckpt_core.agent is started by ckpt, with its configuration on standard input")
+        line += byte
+    return line
+
+
+def _check_parent() -> None:
+    readable, _, _ = select.select([0], [], [], 0)
+    if readable and not os.read(0, 1):
+        raise PeerLost("the controller closed its end: it is gone")
+
+
+def _failure(error: Exception, phase: str) -> wire.Failure:
+    text = "".join(traceback.format_exception(error))
+    return wire.Failure(error=type(error).__name__, message=str(error), phase=phase, traceback=text)
+
+
+if __name__ == "__main__":
+    main()

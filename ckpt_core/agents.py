@@ -1,0 +1,146 @@
+"""A group of agent processes, as the controller sees it: started, asked, stopped, never left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from ckpt_core import wire
+from ckpt_core.agent import AgentConfig
+from ckpt_core.config import child_environment
+from ckpt_core.conversation import Conversation
+from ckpt_core.manifest import Manifest
+from ckpt_core.source import SourceIndex
+
+_STOP_TIMEOUT_S = 5.0
+
+
+class AgentGroup:
+    """Agents 0 .. n-1, each a child process of this one.
+
+    Args:
+        count: how many.
+        conversation: over which they are asked.
+        directory: 0700 directory for their shared memory.
+        token: they prove themselves with.
+        silence_timeout_s, log_level: see AgentConfig.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        conversation: Conversation,
+        directory: Path,
+        token: str,
+        silence_timeout_s: float,
+        log_level: str = "WARNING",
+    ) -> None:
+        self._conversation = conversation
+        self._children = [
+            _spawn(
+                AgentConfig(
+                    address=conversation.address,
+                    token=token,
+                    index=index,
+                    directory=str(directory),
+                    silence_timeout_s=silence_timeout_s,
+                    log_level=log_level,
+                )
+            )
+            for index in range(count)
+        ]
+        self._peers: list[bytes] = []
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids, by agent."""
+        return tuple(child.pid for child in self._children)
+
+    @property
+    def alive(self) -> bool:
+        """Whether all processes run."""
+        return all(child.poll() is None for child in self._children)
+
+    @property
+    def peers(self) -> tuple[bytes, ...]:
+        """Peers of the conversation, by agent."""
+        return tuple(self._peers)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until all dialled in."""
+        hellos = self._conversation.admit(wire.AgentHello, len(self._children), timeout_s=timeout_s, who="agent")
+        by_index = {hello.agent: peer for peer, hello in hellos.items()}
+        self._peers = [by_index[index] for index in range(len(self._children))]
+        for index, peer in enumerate(self._peers):
+            self._conversation.introduce(peer, hellos[peer].process, f"agent {index}")
+
+    def prepare(self, index: SourceIndex, *, timeout_s: float) -> dict[str, str]:
+        """Map the checkpoint in every agent; each digests its share. Content digests by tensor name."""
+        shares = _shares(index, len(self._peers))
+        asks: Mapping[bytes, wire.AnyMessage] = {
+            peer: wire.Prepare(index=index, digest=share) for peer, share in zip(self._peers, shares, strict=True)
+        }
+        digests: dict[str, str] = {}
+        for reply in self._conversation.ask(asks, wire.Prepared, timeout_s=timeout_s).values():
+            digests |= reply.digests
+        return digests
+
+    def open_rings(self, *, ring_bytes: int, receivers: int, timeout_s: float) -> tuple[wire.RingOffer, ...]:
+        """A ring in each agent; offers by agent."""
+        ask = wire.OpenRing(ring_bytes=ring_bytes, receivers=receivers)
+        replies = self._conversation.ask(dict.fromkeys(self._peers, ask), wire.RingOpened, timeout_s=timeout_s)
+        return tuple(replies[peer].offer for peer in self._peers)
+
+    def start_sending(self, plan: wire.Plan, manifest: Manifest, *, timeout_s: float) -> None:
+        """Let all send; each answers Sent when its last bucket was read."""
+        for peer in self._peers:
+            self._conversation.tell(peer, wire.Send(plan=plan, manifest=manifest, timeout_s=timeout_s))
+
+    def close_rings(self, *, timeout_s: float) -> None:
+        """Give ring memory back in every agent, also in the middle of a transfer."""
+        asks: Mapping[bytes, wire.AnyMessage] = dict.fromkeys(self._peers, wire.Abort(cause="the update is over"))
+        self._conversation.ask(asks, wire.RingClosed, timeout_s=timeout_s, patient=True)
+
+    def stop(self) -> None:
+        """End all processes: politely, then not."""
+        for peer in self._peers:
+            self._conversation.tell(peer, wire.Stop())
+        self._conversation.forget(self._peers)
+        for child in self._children:
+            assert child.stdin is not None
+            child.stdin.close()
+        for child in self._children:
+            try:
+                child.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def _spawn(config: AgentConfig) -> subprocess.Popen[bytes]:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ckpt_core.agent"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=child_environment(),
+    )
+    assert child.stdin is not None
+    child.stdin.write(msgspec.json.encode(config) + b"\n")
+    child.stdin.flush()
+    return child
+
+
+def _shares(index: SourceIndex, count: int) -> list[tuple[str, ...]]:
+    """Names dealt so that bytes are even: largest first, to the least loaded."""
+    names: list[list[str]] = [[] for _ in range(count)]
+    load = [0] * count
+    for extent in sorted(index.extents, key=lambda extent: extent.size_bytes, reverse=True):
+        agent = load.index(min(load))
+        names[agent].append(extent.name)
+        load[agent] += extent.size_bytes
+    return [tuple(share) for share in names]

@@ -1,0 +1,193 @@
+"""The main job as a Python call: put the weights of a checkpoint into running engines."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ckpt_core import plugins
+from ckpt_core.agents import AgentGroup
+from ckpt_core.channel import Hub
+from ckpt_core.config import Environment, UpdateConfig
+from ckpt_core.conversation import Conversation
+from ckpt_core.endpoint import Endpoint, EndpointOptions
+from ckpt_core.errors import CkptError
+from ckpt_core.fleet import EndpointLocks, Fleet, Member
+from ckpt_core.metrics import Stage, UpdateReport
+from ckpt_core.session import OnProgress, Session
+from ckpt_core.shm import private_directory, remove_directory
+from ckpt_core.source import SourceIndex, open_checkpoint, stage_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    Checkpoint = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, torch.Tensor]
+
+_JOIN_TIMEOUT_S = 60.0
+_AGENT_SILENCE_S = 24 * 3600.0  # between updates nobody talks; agents notice their parent's end by their standard input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One engine instance to update.
+
+    Attributes:
+        engine: name of its plugin.
+        url: base URL of its server; any unique label where `handle` is given.
+        handle: the engine object, for an engine in this process.
+    """
+
+    engine: str
+    url: str
+    handle: Any = None
+
+
+class Updater:
+    """Keeps agents, sockets and HTTP clients over several updates of the same engines. A context manager.
+
+    Args:
+        targets: the engines; they move together or not at all.
+        config: options, see UpdateConfig.
+        endpoint_options: how to talk to the engines' servers.
+        on_progress: told stage, done and total bytes, now and then.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        *,
+        config: UpdateConfig | None = None,
+        endpoint_options: EndpointOptions | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self._config = config or UpdateConfig()
+        self._on_progress = on_progress or _ignore
+        self._environment = Environment.read()
+        options = endpoint_options or EndpointOptions(
+            bearer_token=self._environment.bearer_token, pause_timeout_s=self._config.pause_timeout_s
+        )
+        self._fleet = Fleet(members=[_member(target, options) for target in targets])
+        self._exit = ExitStack()
+        self._exit.callback(self._fleet.close)
+        self._agents: AgentGroup | None = None
+
+    def __enter__(self) -> Updater:
+        sockets = private_directory(self._environment.socket_root, "ckpt-")
+        self._exit.callback(remove_directory, sockets)
+        self._memory = private_directory(self._environment.memory_root, "ckpt-")
+        self._exit.callback(remove_directory, self._memory)
+        self._hub = Hub(sockets)
+        self._exit.callback(self._hub.close)
+        self._talk = Conversation(self._hub, ping_every_s=self._config.silence_timeout_s / 5)
+        self._exit.callback(self._talk.close)
+        self._exit.callback(self._stop_agents)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    @property
+    def agent_pids(self) -> tuple[int, ...]:
+        """Process ids of the agents that run now."""
+        return () if self._agents is None else self._agents.pids
+
+    def update(self, checkpoint: Checkpoint, *, version: str = "") -> UpdateReport:
+        """Move all engines to a checkpoint.
+
+        Args:
+            checkpoint: a safetensors directory, file or list of files, or named tensors.
+            version: label to publish it under; by default the start of its content digest.
+
+        Raises:
+            CkptError: bad input, found before anything was touched.
+            UpdateAborted: anything later; `.outcome` says what the engines hold now.
+        """
+        with EndpointLocks(self._environment.socket_root) as locks, self._index(checkpoint) as index:
+            for member in self._fleet.members:
+                locks.take(member.endpoint.url)
+            self._fleet.check()
+            self._fleet.check_options(self._config)
+            session = Session(
+                index,
+                version=version,
+                fleet=self._fleet,
+                agents=self._running_agents(),
+                hub=self._hub,
+                conversation=self._talk,
+                config=self._config,
+                on_progress=self._on_progress,
+            )
+            try:
+                return session.run()
+            except CkptError:
+                self._stop_agents()  # one of them may be what failed; the next update starts with new ones
+                raise
+
+    def _running_agents(self) -> AgentGroup:
+        wanted = sum(member.world_size for member in self._fleet.members)
+        if self._agents is not None and (len(self._agents.pids) != wanted or not self._agents.alive):
+            self._stop_agents()
+        if self._agents is None:
+            token = secrets.token_hex(16)
+            self._hub.allow(token)
+            self._agents = AgentGroup(
+                wanted,
+                conversation=self._talk,
+                directory=self._memory,
+                token=token,
+                silence_timeout_s=_AGENT_SILENCE_S,
+                log_level=self._environment.log_level,
+            )
+            self._agents.join(_JOIN_TIMEOUT_S)
+        return self._agents
+
+    def _stop_agents(self) -> None:
+        agents, self._agents = self._agents, None
+        if agents is not None:
+            agents.stop()
+
+    @contextmanager
+    def _index(self, checkpoint: Checkpoint) -> Iterator[SourceIndex]:
+        if not isinstance(checkpoint, Mapping):
+            yield open_checkpoint(checkpoint)
+            return
+        directory = private_directory(self._memory, "pool-")
+        try:
+            yield stage_tensors(checkpoint, directory)
+        finally:
+            remove_directory(directory)
+
+
+def update(
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    *,
+    version: str = "",
+    config: UpdateConfig | None = None,
+    endpoint_options: EndpointOptions | None = None,
+    on_progress: OnProgress | None = None,
+) -> UpdateReport:
+    """One update with agents of its own; see `Updater`."""
+    with Updater(
+        targets, config=config, endpoint_options=endpoint_options, on_progress=on_progress
+    ) as updater:
+        return updater.update(checkpoint, version=version)
+
+
+def _member(target: Target, options: EndpointOptions) -> Member:
+    endpoint = Endpoint(url=target.url.rstrip("/"), engine=target.engine, options=options, handle=target.handle)
+    return Member(endpoint=endpoint, plugin=plugins.load(target.engine))
+
+
+def _ignore(_stage: Stage, _done: int, _total: int) -> None:
+    """Progress that nobody follows."""

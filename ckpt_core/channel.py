@@ -1,0 +1,173 @@
+"""Sockets of the control plane: the controller's hub, and the one end that each agent and rank has.
+
+ZeroMQ over a unix socket in a 0700 directory. A peer is known by its ZeroMQ identity, which it draws itself; nothing it
+says counts before its first frame carried the update's token.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import zmq
+
+from ckpt_core import wire
+from ckpt_core.errors import RendezvousTimeout, TransportError, WireError
+
+_log = logging.getLogger(__name__)
+_LINGER_MS = 2000
+M = TypeVar("M", bound=wire.Message)
+
+
+class Hub:
+    """The controller's socket.
+
+    Args:
+        directory: a 0700 directory for the unix socket.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.address = f"ipc://{directory}/control"
+        self._tokens: set[str] = set()
+        self._token_of: dict[bytes, str] = {}
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._socket.bind(self.address)
+        self._received: dict[bytes, int] = {}
+        self._sent: dict[bytes, int] = {}
+
+    def allow(self, token: str) -> None:
+        """Listen to peers that carry this token."""
+        self._tokens.add(token)
+
+    def revoke(self, token: str) -> None:
+        """Forget the token and all peers that came with it."""
+        self._tokens.discard(token)
+        for peer in [peer for peer, known in self._token_of.items() if known == token]:
+            del self._token_of[peer], self._received[peer]
+            self._sent.pop(peer, None)
+
+    def send(self, peer: bytes, body: wire.AnyMessage) -> None:
+        """Queue a message for a peer that has been heard before."""
+        self._sent[peer] = self._sent.get(peer, 0) + 1
+        frame = wire.encode(body, token=self._token_of[peer], seq=self._sent[peer])
+        self._socket.send_multipart([peer, frame])
+
+    def receive(self, timeout_s: float) -> Iterator[tuple[bytes, wire.AnyMessage]]:
+        """Messages that are there, waiting for the first at most so long. Frames that do not fit are dropped and logged."""
+        wait_ms = max(0, int(timeout_s * 1000))
+        while self._socket.poll(wait_ms):
+            wait_ms = 0
+            frames = self._socket.recv_multipart()
+            try:
+                yield frames[0], self._check(frames)
+            except WireError as error:
+                _log.warning("dropped a frame: %s", error)
+
+    def _check(self, frames: list[bytes]) -> wire.AnyMessage:
+        if len(frames) != 2:
+            raise WireError(f"expected an identity and one frame, got {len(frames)} parts")
+        peer, frame = frames
+        tokens = [self._token_of[peer]] if peer in self._token_of else self._tokens
+        envelope = wire.decode(frame, tokens=tokens, last_seq=self._received.get(peer, 0))
+        self._token_of[peer] = envelope.token
+        self._received[peer] = envelope.seq
+        return envelope.body
+
+    def close(self) -> None:
+        """Send what is queued, then close."""
+        self._socket.close()
+        self._context.term()
+
+
+class Line:
+    """A peer's end: one controller, frames in order.
+
+    Args:
+        address: the hub's.
+        token: the update's.
+        silence_timeout_s: `receive` raises when nothing came for this long.
+    """
+
+    def __init__(self, address: str, token: str, silence_timeout_s: float) -> None:
+        self._token = token
+        self._silence_timeout_s = silence_timeout_s
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._socket.connect(address)
+        self._received = 0
+        self._sent = 0
+        self._heard = time.monotonic()
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def send(self, body: wire.AnyMessage) -> None:
+        """Queue a message; it is sent in the background, also during close."""
+        self._sent += 1
+        self._socket.send(wire.encode(body, token=self._token, seq=self._sent))
+
+    def poll(self, timeout_s: float = 0.0) -> wire.AnyMessage | None:
+        """The next message that is not a Ping, or None if none came in time.
+
+        Raises:
+            RendezvousTimeout: the controller has been silent for too long.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_ms = max(0, int((deadline - time.monotonic()) * 1000))
+            if self._socket.poll(left_ms):
+                if not isinstance(message := self._take(), wire.Ping):
+                    return message
+            elif time.monotonic() - self._heard > self._silence_timeout_s:
+                raise RendezvousTimeout(f"no word from the controller for {self._silence_timeout_s:g} s; is it alive?")
+            elif time.monotonic() >= deadline:
+                return None
+
+    def expect(self, kind: type[M]) -> M:
+        """Wait for a message of that kind, as long as the controller keeps talking.
+
+        Raises:
+            AbortRequested: the controller asked to abort instead.
+            TransportError: another message came.
+            RendezvousTimeout: the controller fell silent.
+        """
+        while (message := self.poll(1.0)) is None:
+            pass
+        if isinstance(message, wire.Abort):
+            raise AbortRequested(message.cause)
+        if not isinstance(message, kind):
+            raise TransportError(f"expected {kind.__name__} from the controller, got {type(message).__name__}")
+        return message
+
+    def check_abort(self) -> None:
+        """Raise AbortRequested if the controller asked for it; costs a microsecond where it did not."""
+        message = self.poll()
+        if isinstance(message, wire.Abort):
+            raise AbortRequested(message.cause)
+        if message is not None:
+            raise TransportError(f"unexpected {type(message).__name__} from the controller during a transfer")
+
+    def _take(self) -> wire.AnyMessage:
+        envelope = wire.decode(self._socket.recv(), tokens=[self._token], last_seq=self._received)
+        self._received = envelope.seq
+        self._heard = time.monotonic()
+        return envelope.body
+
+
+class AbortRequested(TransportError):
+    """The controller ended the update; the text is its cause."""

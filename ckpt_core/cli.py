@@ -1,0 +1,234 @@
+"""The command line.
+
+Exit codes: 0 done · 1 unexpected error · 2 wrong option · 3 unusable checkpoint · 4 no plan · 5 plugin · 6 transport ·
+7 engine · 8 verification · 10 aborted, nothing touched · 11 aborted, old weights restored · 12 aborted, engines poisoned.
+`ckpt ready` ends with 0 where a router may send requests, else with 7.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from ckpt_core import api, plugins, render
+from ckpt_core.config import MIB, Environment, UpdateConfig, VerifyLevel
+from ckpt_core.contract import EndpointState, PauseMode
+from ckpt_core.endpoint import Endpoint, EndpointOptions
+from ckpt_core.errors import CkptError, ConfigError, EngineError, UpdateAborted
+from ckpt_core.layout import whole_layout
+from ckpt_core.manifest import Manifest, content_digest
+from ckpt_core.metrics import Stage
+from ckpt_core.plan import make_plan
+from ckpt_core.source import open_checkpoint
+from ckpt_core.staging import HostPool
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+_out = Console()
+_err = Console(stderr=True)
+
+CheckpointArgument = Annotated[Path, typer.Argument(help="Safetensors directory or file.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="Name of the engine's plugin; see `ckpt engines`.")]
+EndpointOption = Annotated[
+    list[str],
+    typer.Option("--endpoint", help="URL of an engine's server, or NAME=URL for another engine. Repeatable."),
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file; - for stdout.")]
+
+
+@app.command()
+def update(
+    checkpoint: CheckpointArgument,
+    endpoint: EndpointOption,
+    engine: EngineOption = "",
+    version: Annotated[str, typer.Option(help="Label; by default the start of the content digest.")] = "",
+    pause_mode: Annotated[PauseMode, typer.Option(help="What happens to requests in flight.")] = PauseMode.WAIT,
+    allow_stale_cache: Annotated[bool, typer.Option("--allow-stale-cache")] = False,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing")] = False,
+    allow_unexpected: Annotated[bool, typer.Option("--allow-unexpected")] = False,
+    verify: Annotated[VerifyLevel, typer.Option(help="How the update proves itself.")] = VerifyLevel.ARRIVAL,
+    fingerprint: Annotated[bool, typer.Option(help="Digest the live weights of every rank.")] = True,
+    ring_mib: Annotated[int, typer.Option(min=1, help="Ring of each agent, MiB.")] = 16,
+    bucket_mib: Annotated[int, typer.Option(min=1, help="Bytes that travel together, MiB.")] = 4,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the transfer, seconds.")] = 600.0,
+    pause_timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the pause, seconds.")] = 120.0,
+    json: JsonOption = None,
+    metrics_file: Annotated[Path | None, typer.Option(help="Write Prometheus text here.")] = None,
+) -> None:
+    """Put the weights of a checkpoint into running engines, in place."""
+    config = UpdateConfig(
+        ring_bytes=ring_mib * MIB,
+        bucket_bytes=min(bucket_mib, ring_mib) * MIB,
+        pause_mode=pause_mode,
+        allow_stale_cache=allow_stale_cache,
+        verify=verify,
+        fingerprint=fingerprint,
+        allow_missing=allow_missing,
+        allow_unexpected=allow_unexpected,
+        transfer_timeout_s=timeout_s,
+        pause_timeout_s=pause_timeout_s,
+    )
+    with _progress() as on_progress:
+        report = api.update(
+            checkpoint, _targets(engine, endpoint), version=version, config=config, on_progress=on_progress
+        )
+    if metrics_file is not None:
+        report.write_metrics(metrics_file)
+    if json is None or str(json) != "-":
+        for table in render.report_tables(report):
+            _out.print(table)
+    _write_json(json, report.to_json())
+
+
+@app.command()
+def inspect(
+    checkpoint: CheckpointArgument,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    digest: Annotated[bool, typer.Option(help="Read all bytes and compute the content digest.")] = True,
+    json: JsonOption = None,
+) -> None:
+    """Show tensors, bytes, dtypes and digest of a checkpoint."""
+    index = open_checkpoint(checkpoint)
+    manifest = Manifest.from_index(index)
+    if digest:
+        pool = HostPool(index)
+        with _progress() as on_progress:
+            digests, done = {}, 0
+            for extent in index.extents:
+                digests[extent.name] = content_digest(pool.tensor(extent.name).data)
+                done += extent.size_bytes
+                on_progress(Stage.PREPARE, done, index.size_bytes)
+        pool.close()
+        manifest = manifest.with_digests(digests)
+    if json is None or str(json) != "-":
+        for table in render.manifest_tables(manifest, tensors=tensors):
+            _out.print(table)
+        _out.print(f"structure digest {manifest.structure_digest}")
+        if digest:
+            _out.print(f"content digest   {manifest.digest}")
+    _write_json(json, manifest.to_json())
+
+
+@app.command()
+def plan(
+    checkpoint: CheckpointArgument,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks that receive.")],
+    agents: Annotated[int, typer.Option(min=0, help="Number of agents; 0 for one per rank.")] = 0,
+    ring_mib: Annotated[int, typer.Option(min=1, help="Ring of each agent, MiB.")] = 16,
+    bucket_mib: Annotated[int, typer.Option(min=1, help="Bytes that travel together, MiB.")] = 4,
+    explain: Annotated[bool, typer.Option("--explain", help="List every bucket.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Plan an update in which every rank takes every tensor, without touching an engine."""
+    manifest = Manifest.from_index(open_checkpoint(checkpoint))
+    made = make_plan(
+        manifest,
+        [whole_layout(manifest)] * ranks,
+        agents=agents or ranks,
+        ring_bytes=ring_mib * MIB,
+        bucket_bytes=min(bucket_mib, ring_mib) * MIB,
+    )
+    if json is None or str(json) != "-":
+        _out.print(render.plan_table(made))
+        if explain:
+            _out.print(render.plan_explanation(made, manifest))
+    _write_json(json, msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n")
+
+
+@app.command()
+def engines(json: JsonOption = None) -> None:
+    """Show installed engine plugins and what they can do."""
+    infos = [plugins.load(name).info for name in plugins.names()]
+    if json is None or str(json) != "-":
+        _out.print(render.engines_table(infos))
+    _write_json(json, msgspec.json.format(msgspec.json.encode(infos), indent=2) + b"\n")
+
+
+@app.command()
+def ready(endpoint: EndpointOption, engine: EngineOption = "", json: JsonOption = None) -> None:
+    """Tell whether a router may send requests to engines: exit code 0 if all serve, else 7."""
+    options = EndpointOptions(bearer_token=Environment.read().bearer_token)
+    statuses = []
+    for target in _targets(engine, endpoint):
+        handle = Endpoint(url=target.url, engine=target.engine, options=options)
+        with contextlib.closing(handle):
+            statuses.append(plugins.load(target.engine).hook.ckpt_ready(endpoint=handle))
+    if json is None or str(json) != "-":
+        for status in statuses:
+            _out.print(render.status_table(status))
+    _write_json(json, msgspec.json.format(msgspec.json.encode(statuses), indent=2) + b"\n")
+    if any(status.state is not EndpointState.SERVING for status in statuses):
+        raise typer.Exit(EngineError.exit_code)
+
+
+@app.command()
+def demo(
+    cache: Annotated[Path, typer.Option(help="Where the model is kept between runs.")] = Path(".cache"),
+    generated: Annotated[bool, typer.Option("--generated", help="Use a generated model, fetch nothing.")] = False,
+) -> None:
+    """Update two running engines with a real small model, to a second version, and back."""
+    try:
+        from ckpt_conformance.demo import run_demo
+    except ImportError as error:
+        raise ConfigError(f"the demo needs more packages ({error}); pip install 'ckpt-core[conformance,demo]'") from error
+    run_demo(cache, generated=generated, console=_out)
+
+
+def main() -> None:
+    """Entry point: typed errors become one message and their exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app(standalone_mode=True)
+    except UpdateAborted as error:
+        _err.print(f"[bold red]aborted, {error.outcome.value}:[/] {error}", highlight=False, soft_wrap=True)
+        for url, outcome in error.by_endpoint.items():
+            _err.print(f"  {url}: {outcome.value}", highlight=False)
+        sys.exit(error.exit_code)
+    except CkptError as error:
+        _err.print(f"[bold red]{type(error).__name__}:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _targets(engine: str, endpoints: list[str]) -> list[api.Target]:
+    return [_target(engine, text) for text in endpoints]
+
+
+def _target(engine: str, text: str) -> api.Target:
+    name, equals, url = text.partition("=")
+    if not equals or "/" in name:
+        name, url = engine, text
+    if not name:
+        raise ConfigError(f"which engine is {text}? give --engine NAME, or --endpoint NAME=URL")
+    return api.Target(engine=name, url=url.rstrip("/"))
+
+
+def _write_json(path: Path | None, data: bytes) -> None:
+    if path is None:
+        return
+    if str(path) == "-":
+        sys.stdout.buffer.write(data)
+    else:
+        path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Stage, int, int], None]]:
+    """A bar on standard error, one per stage; nothing where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        tasks: dict[Stage, TaskID] = {}
+
+        def note(stage: Stage, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage.value, total=total)
+            progress.update(tasks[stage], completed=done)
+
+        yield note

@@ -1,0 +1,130 @@
+"""Options of an update, and the only place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from ckpt_core.contract import PauseMode
+from ckpt_core.errors import ConfigError
+
+MIB = 1 << 20
+_SOCKET_PATH_LIMIT = 90  # sockaddr_un takes 107 bytes; the names of the sockets are added to the directory
+
+
+class VerifyLevel(Enum):
+    """How an update proves itself. NONE: not at all. ARRIVAL: every rank digests what arrives (DESIGN section 9)."""
+
+    NONE = "none"
+    ARRIVAL = "arrival"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateConfig:
+    """Options of one update; every wait in it ends by one of these deadlines.
+
+    Attributes:
+        ring_bytes: device memory of the ring of each agent; grows where one tensor is larger and may not be cut.
+        bucket_bytes: bytes that travel together.
+        pause_mode: what happens to requests in flight.
+        allow_stale_cache: accept that requests in flight go on with a KV cache of the old weights (keep, in_place).
+        verify: see VerifyLevel.
+        fingerprint: digest the live weights of every rank after the load, and report them.
+        allow_missing, allow_unexpected: take a checkpoint that lacks tensors of the engine, or has others.
+        prepare_timeout_s: reading and digesting the checkpoint.
+        pause_timeout_s: until the engine stopped stepping (mode wait: until its requests are done).
+        attach_timeout_s: until every rank dialled in.
+        transfer_timeout_s: from begin to the last rank verified.
+        silence_timeout_s: a rank that hears nothing for this long aborts by itself.
+        commit_timeout_s: commit, flush and resume.
+    """
+
+    ring_bytes: int = 16 * MIB
+    bucket_bytes: int = 4 * MIB
+    pause_mode: PauseMode = PauseMode.WAIT
+    allow_stale_cache: bool = False
+    verify: VerifyLevel = VerifyLevel.ARRIVAL
+    fingerprint: bool = True
+    allow_missing: bool = False
+    allow_unexpected: bool = False
+    prepare_timeout_s: float = 600.0
+    pause_timeout_s: float = 120.0
+    attach_timeout_s: float = 60.0
+    transfer_timeout_s: float = 600.0
+    silence_timeout_s: float = 20.0
+    commit_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("ring_bytes", "bucket_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.pause_mode in (PauseMode.KEEP, PauseMode.IN_PLACE) and not self.allow_stale_cache:
+            raise ConfigError(
+                f"pause mode {self.pause_mode.value} leaves requests in flight with a cache of the old weights; use abort, wait or "
+                "retract, or accept it with allow_stale_cache (--allow-stale-cache)"
+            )
+        if self.bucket_bytes > self.ring_bytes:
+            raise ConfigError(f"bucket_bytes {self.bucket_bytes} does not fit into ring_bytes {self.ring_bytes}")
+        for name in self.__dataclass_fields__:
+            if name.endswith("_timeout_s") and not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What the process environment says.
+
+    Attributes:
+        socket_root: where the 0700 directories of sockets are made (CKPT_SOCKET_DIR, else XDG_RUNTIME_DIR, else tmp).
+        memory_root: where shared memory files are made (CKPT_SHM_DIR, else /dev/shm).
+        log_level: level of the processes that the project starts (CKPT_LOG_LEVEL).
+        bearer_token: for HTTP calls to engines (CKPT_BEARER_TOKEN).
+    """
+
+    socket_root: Path
+    memory_root: Path
+    log_level: str = "WARNING"
+    bearer_token: str = field(default="", repr=False)
+
+    @classmethod
+    def read(cls) -> Environment:
+        """Read it now.
+
+        Raises:
+            ConfigError: a directory does not exist or its path is too long for a socket.
+        """
+        return cls(
+            socket_root=_socket_root(),
+            memory_root=_directory("CKPT_SHM_DIR", os.environ.get("CKPT_SHM_DIR", "/dev/shm")),  # noqa: S108
+            log_level=os.environ.get("CKPT_LOG_LEVEL", "WARNING").upper(),
+            bearer_token=os.environ.get("CKPT_BEARER_TOKEN", ""),
+        )
+
+
+def child_environment() -> dict[str, str]:
+    """Environment for processes that the project starts: as it is here, with unbuffered output."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+def _socket_root() -> Path:
+    if chosen := os.environ.get("CKPT_SOCKET_DIR"):
+        root = _directory("CKPT_SOCKET_DIR", chosen)
+        if len(os.fsencode(root)) > _SOCKET_PATH_LIMIT:
+            raise ConfigError(f"CKPT_SOCKET_DIR={root} is longer than {_SOCKET_PATH_LIMIT} bytes; choose a shorter one")
+        return root
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    usable = runtime and Path(runtime).is_dir() and os.access(runtime, os.W_OK)
+    if usable and len(os.fsencode(runtime)) <= _SOCKET_PATH_LIMIT:
+        return Path(runtime)
+    temp = Path(tempfile.gettempdir())
+    return temp if len(os.fsencode(temp)) <= _SOCKET_PATH_LIMIT else Path("/tmp")  # noqa: S108
+
+
+def _directory(variable: str, value: str) -> Path:
+    path = Path(value)
+    if not path.is_dir():
+        raise ConfigError(f"{variable}={value} is not a directory; create it or choose another")
+    return path

@@ -1,0 +1,182 @@
+"""The controller's side of the talk: ask a set of peers, get one reply from each, while all hear that it is alive.
+
+Whatever ends an update early surfaces here, at the next message or within milliseconds: a peer's Failure, a process
+that died, a deadline, or a watch of the session's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from ckpt_core import errors, process, wire
+from ckpt_core.channel import Hub
+from ckpt_core.errors import CkptError, HookFailed, PeerLost, RendezvousTimeout, TransferTimeout, TransportError
+
+M = TypeVar("M", bound=wire.Message)
+_ROUND_S = 0.02
+
+
+class Conversation:
+    """All peers of one controller.
+
+    Args:
+        hub: its socket.
+        ping_every_s: how often everybody hears of it.
+
+    Attributes:
+        on_progress: called with a peer's name and its Progress.
+        watches: called every round; raise to end what is going on.
+    """
+
+    def __init__(self, hub: Hub, *, ping_every_s: float) -> None:
+        self._hub = hub
+        self._ping_every_s = ping_every_s
+        self._pinged = 0.0
+        self._mine = process.current()
+        self._deaths = process.DeathWatch(self._mine)
+        self._names: dict[bytes, str] = {}
+        self._inbox: deque[tuple[bytes, wire.AnyMessage]] = deque()
+        self.on_progress: Callable[[str, wire.Progress], None] = lambda _name, _progress: None
+        self.watches: list[Callable[[], None]] = []
+
+    @property
+    def address(self) -> str:
+        """Where peers dial in."""
+        return self._hub.address
+
+    def admit(self, hello: type[M], count: int, *, timeout_s: float, who: str) -> dict[bytes, M]:
+        """Wait for the first words of that many new peers.
+
+        Raises:
+            RendezvousTimeout: not all came.
+        """
+        came: dict[bytes, M] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(came) < count:
+            if time.monotonic() > deadline:
+                raise RendezvousTimeout(
+                    f"{len(came)} of {count} {who}s dialled in within {timeout_s:g} s; look into the logs of the others"
+                )
+            for peer, message in self._round():
+                if isinstance(message, hello):
+                    came[peer] = message
+                    self._names[peer] = who
+        return came
+
+    def introduce(self, peer: bytes, info: wire.ProcessInfo, name: str) -> None:
+        """Name a peer and watch its process; raises TransportError where it cannot share memory with this one."""
+        self._names[peer] = name
+        process.check_can_share(self._mine, info, name)
+        self._deaths.add(info, name)
+
+    def tell(self, peer: bytes, message: wire.AnyMessage) -> None:
+        """Send without waiting."""
+        self._hub.send(peer, message)
+
+    def ask(
+        self, asks: Mapping[bytes, wire.AnyMessage], reply: type[M], *, timeout_s: float, patient: bool = False
+    ) -> dict[bytes, M]:
+        """Send to each peer and wait for one reply of that kind from each; see `gather`."""
+        for peer, message in asks.items():
+            self.tell(peer, message)
+        return self.gather(dict.fromkeys(asks, reply), timeout_s=timeout_s, patient=patient)
+
+    def gather(
+        self,
+        wanted: Mapping[bytes, type[M]],
+        *,
+        timeout_s: float,
+        patient: bool = False,
+        into: dict[bytes, M] | None = None,
+    ) -> dict[bytes, M]:
+        """Wait for one message of the wanted kind from each of those peers.
+
+        Args:
+            wanted: kind by peer.
+            timeout_s: for all together.
+            patient: after a failure: let failures, deaths and the deadline pass, and return who answered.
+            into: filled as answers come, so that they are known also where this raises.
+
+        Raises:
+            CkptError: what a peer reported, in its own class where it is one of ours, else HookFailed.
+            PeerLost: a process died.
+            TransferTimeout: the deadline.
+        """
+        got: dict[bytes, M] = {} if into is None else into
+        deadline = time.monotonic() + timeout_s
+        while len(got) < len(wanted):
+            if time.monotonic() > deadline:
+                if patient:
+                    return got
+                raise TransferTimeout(self._who_is_late(wanted, got, timeout_s))
+            for peer, message in self._round(strict=not patient):
+                if peer in wanted and isinstance(message, wanted[peer]):
+                    got[peer] = message
+            if patient and self._all_others_dead(wanted, got):
+                return got
+        return got
+
+    def forget(self, peers: Iterable[bytes]) -> None:
+        """Stop pinging those peers and watching their processes."""
+        for peer in peers:
+            self._deaths.drop(self._names.pop(peer, ""))
+
+    def close(self) -> None:
+        """Stop watching processes."""
+        self._deaths.close()
+
+    def _round(self, *, strict: bool = True) -> Iterator[tuple[bytes, wire.AnyMessage]]:
+        """Ping if it is time, yield what came, raise what must be raised (where strict).
+
+        What is not yielded because of a raise stays in the inbox: a failed rank's next message says how it ended.
+        """
+        self._ping()
+        self._inbox.extend(self._hub.receive(0.0 if self._inbox else _ROUND_S))
+        while self._inbox:
+            peer, message = self._inbox.popleft()
+            if isinstance(message, wire.Progress):
+                self.on_progress(self._names.get(peer, "?"), message)
+            elif isinstance(message, wire.Failure) and strict:
+                raise failure_of(self._names.get(peer, "an unknown peer"), message)
+            else:
+                yield peer, message
+        if strict:
+            self._check_alive()
+
+    def _check_alive(self) -> None:
+        if dead := self._deaths.dead():
+            raise PeerLost(f"{', '.join(dead)} died during the update; look into its log, then update again")
+        for watch in self.watches:
+            watch()
+
+    def _ping(self) -> None:
+        now = time.monotonic()
+        if now - self._pinged < self._ping_every_s:
+            return
+        self._pinged = now
+        for peer in self._names:
+            self._hub.send(peer, wire.Ping())
+
+    def _all_others_dead(self, wanted: Mapping[bytes, type[M]], got: Mapping[bytes, M]) -> bool:
+        dead = set(self._deaths.dead())
+        return all(self._names.get(peer) in dead for peer in wanted if peer not in got)
+
+    def _who_is_late(self, wanted: Mapping[bytes, type[M]], got: Mapping[bytes, M], timeout_s: float) -> str:
+        late = [f"{self._names.get(peer, '?')} ({kind.__name__})" for peer, kind in wanted.items() if peer not in got]
+        return f"no answer within {timeout_s:g} s from {', '.join(late)}; is it stopped or overloaded?"
+
+
+def failure_of(name: str, failure: wire.Failure) -> CkptError:
+    """The error that a peer reported, in its own class where that takes a message only."""
+    kind = getattr(errors, failure.error, None)
+    text = f"{name}, in {failure.phase}: {failure.message}"
+    plain = isinstance(kind, type) and issubclass(kind, CkptError) and kind not in (errors.UpdateAborted, HookFailed)
+    if plain and issubclass(kind, CkptError):  # type: ignore[arg-type]
+        made: CkptError = kind(text)  # type: ignore[misc]
+        return made
+    return HookFailed(f"{name}, in {failure.phase}: {failure.error}: {failure.message}", remote_traceback=failure.traceback)
+
+

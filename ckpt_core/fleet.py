@@ -1,0 +1,224 @@
+"""The engines of one update, from the control side: checked, locked, paused, attached, flushed and resumed together."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ckpt_core import plugins
+from ckpt_core.capability import Capability
+from ckpt_core.config import UpdateConfig
+from ckpt_core.contract import EndpointState, EndpointStatus, PauseMode, Rendezvous
+from ckpt_core.endpoint import Endpoint
+from ckpt_core.errors import ConfigError, EngineError, EngineStateError, EngineUnavailable
+
+_FLUSH_RETRY_S = 0.2
+_PAUSE_CAPABILITY = {
+    PauseMode.ABORT: Capability.PAUSE_ABORT,
+    PauseMode.WAIT: Capability.PAUSE_WAIT,
+    PauseMode.KEEP: Capability.PAUSE_KEEP,
+    PauseMode.IN_PLACE: Capability.PAUSE_KEEP,
+    PauseMode.RETRACT: Capability.PAUSE_RETRACT,
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Member:
+    """One engine instance of the fleet.
+
+    Attributes:
+        endpoint, plugin: how to reach it.
+        status: as of the last check.
+        paused_here: this update paused it, so this update resumes it.
+        attached: the blocking attach call.
+    """
+
+    endpoint: Endpoint
+    plugin: plugins.EnginePlugin
+    status: EndpointStatus | None = None
+    paused_here: bool = False
+    attached: Future[None] | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that will dial in."""
+        assert self.status is not None, "check the fleet first"
+        return self.status.world_size
+
+    def check(self) -> EndpointStatus:
+        """Ask it what it is and does, and refuse what cannot be updated.
+
+        Raises:
+            EngineUnavailable: nothing answers, it is not that engine, or it is not up.
+            EngineStateError: it sleeps, or is being updated.
+        """
+        status: EndpointStatus = self.plugin.hook.ckpt_ready(endpoint=self.endpoint)
+        if status.engine != self.plugin.info.name:
+            raise EngineUnavailable(
+                f"{self.endpoint.url} is engine {status.engine!r}, expected {self.plugin.info.name!r}; name the right engine"
+            )
+        if remedy := _NOT_UPDATABLE.get(status.state):
+            kind = EngineUnavailable if status.state in _NOT_UP else EngineStateError
+            raise kind(f"{self.endpoint} is {status.state.value} ({status.detail or 'no reason given'}); {remedy}")
+        self.status = status
+        return status
+
+
+_NOT_UP = (EndpointState.STARTING, EndpointState.DEAD)
+_NOT_UPDATABLE = {
+    EndpointState.STARTING: "wait until it is up",
+    EndpointState.DEAD: "restart it",
+    EndpointState.ASLEEP: "its weights are gone from the device: wake it first",
+    EndpointState.UPDATING: "another update is running: wait for its end",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Fleet:
+    """All members of an update."""
+
+    members: Sequence[Member]
+    _threads: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ConfigError("an update needs at least one endpoint")
+        urls = [member.endpoint.url for member in self.members]
+        if len(set(urls)) != len(urls):
+            raise ConfigError(f"the same endpoint is named twice: {', '.join(urls)}")
+        self._threads = ThreadPoolExecutor(len(self.members), thread_name_prefix="ckpt-endpoint")
+
+    def check(self) -> None:
+        """Check all members; see `Member.check`."""
+        self._each(lambda member: member.check(), self.members)
+
+    def check_options(self, config: UpdateConfig) -> None:
+        """Raise ConfigError where an option asks for what a member's plugin cannot do."""
+        needed = _PAUSE_CAPABILITY[config.pause_mode]
+        for member in self.members:
+            support = member.plugin.info.support(needed)
+            if not support.usable:
+                raise ConfigError(
+                    f"{member.endpoint}: pause mode {config.pause_mode.value} is {support.level.value} ({support.detail}); choose another"
+                )
+
+    def pause(self, mode: PauseMode) -> int | None:
+        """Pause all members that serve; requests in flight over all that tell."""
+        serving = [member for member in self.members if _is_serving(member)]
+        counts = self._each(lambda member: self._pause_one(member, mode), serving)
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
+
+    def _pause_one(self, member: Member, mode: PauseMode) -> int | None:
+        member.paused_here = True  # also where the call fails half way: resume is harmless then
+        count: int | None = member.plugin.hook.ckpt_pause(endpoint=member.endpoint, mode=mode)
+        return count
+
+    def attach(self, rendezvous: Callable[[int], Rendezvous]) -> None:
+        """Start the blocking attach call of every member."""
+        for index, member in enumerate(self.members):
+            member.attached = self._threads.submit(
+                member.plugin.hook.ckpt_attach, endpoint=member.endpoint, rendezvous=rendezvous(index)
+            )
+
+    def check_attached(self) -> None:
+        """Raise where an attach call came back although the update is not over."""
+        for member in self.members:
+            if member.attached is not None and member.attached.done():
+                member.attached.result()
+                raise EngineError(f"{member.endpoint} left the update before its end; look into its log")
+
+    def detach(self, timeout_s: float) -> bool:
+        """Wait until all attach calls came back, however they did. Whether they all did in time."""
+        calls = [member.attached for member in self.members if member.attached is not None]
+        return not wait(calls, timeout=timeout_s).not_done
+
+    def flush(self, *, accept_stale: bool, timeout_s: float) -> None:
+        """Drop the caches of all members, retried until it succeeds or the deadline is over.
+
+        Raises:
+            EngineError: a member refused to the end, and a stale cache is not accepted.
+        """
+        self._each(lambda member: _flush(member, accept_stale=accept_stale, timeout_s=timeout_s), self.members)
+
+    def resume(self, version: str | None) -> None:
+        """Let all members serve that this update paused."""
+        paused = [member for member in self.members if member.paused_here]
+        self._each(lambda member: member.plugin.hook.ckpt_resume(endpoint=member.endpoint, version=version), paused)
+        for member in paused:
+            member.paused_here = False
+
+    def close(self) -> None:
+        """Close all clients; attach calls that still run are left to their own deadline."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for member in self.members:
+            member.endpoint.close()
+
+    def _each(self, call: Callable[[Member], Any], members: Sequence[Member]) -> list[Any]:
+        """Call for all members at once; raises the first error after all came back, by their endpoints' deadlines."""
+        with ThreadPoolExecutor(max(1, len(members)), thread_name_prefix="ckpt-call") as threads:
+            futures = [threads.submit(call, member) for member in members]
+            wait(futures)
+            return [future.result() for future in futures]
+
+
+class EndpointLocks:
+    """Keeps two updates of this host from using the same endpoint: an flock per endpoint, gone with its process."""
+
+    def __init__(self, root: Path) -> None:
+        self._directory = root / f"ckpt-locks-{os.getuid()}"
+        self._held = ExitStack()
+
+    def __enter__(self) -> EndpointLocks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
+
+    def take(self, url: str) -> None:
+        """Lock an endpoint.
+
+        Raises:
+            EngineStateError: another process holds it.
+        """
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:32]
+        file = self._held.enter_context((self._directory / name).open("w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EngineStateError(f"another update of {url} is running on this host; wait for its end") from None
+
+
+def _is_serving(member: Member) -> bool:
+    assert member.status is not None, "check the fleet first"
+    return member.status.state is not EndpointState.PAUSED
+
+
+def _flush(member: Member, *, accept_stale: bool, timeout_s: float) -> None:
+    if not member.plugin.has("ckpt_flush_cache"):
+        return
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            member.plugin.hook.ckpt_flush_cache(endpoint=member.endpoint)
+            return
+        except EngineError as error:
+            if accept_stale:
+                return
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{member.endpoint} has the new weights but still a cache of the old ones, and stays paused: {error}"
+                ) from error
+            time.sleep(_FLUSH_RETRY_S)

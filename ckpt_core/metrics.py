@@ -1,0 +1,112 @@
+"""What an update took: the report for people and machines, and the same as Prometheus metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
+
+from ckpt_core.errors import Outcome
+from ckpt_core.wire import AgentStats, RankStats
+
+
+class Stage(Enum):
+    """Parts of an update, in order. PREPARE is before the pause; all others are within it."""
+
+    PREPARE = "prepare"
+    PAUSE = "pause"
+    ATTACH = "attach"
+    LAYOUT = "layout"
+    PLAN = "plan"
+    TRANSFER = "transfer"
+    COMMIT = "commit"
+    DETACH = "detach"
+    FLUSH = "flush"
+    RESUME = "resume"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """One rank of one engine: who, what it holds now, what it did."""
+
+    endpoint: str
+    engine: str
+    rank: int
+    device: str
+    version: str
+    digest: str
+    fingerprint: str
+    stats: RankStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """One update.
+
+    Attributes:
+        size_bytes: of the checkpoint.
+        seconds: from the call to the last resume; `pause_s` of these the engines did not serve.
+        stages: seconds by stage.
+        transfer_gb_s: checkpoint bytes / 1e9 / seconds from begin to the last rank verified.
+        verified: level of verification that every rank passed.
+        requests_in_flight: requests that the pause met, where engines tell.
+    """
+
+    update_id: str
+    version: str
+    digest: str
+    outcome: Outcome
+    size_bytes: int
+    tensors: int
+    seconds: float
+    pause_s: float
+    stages: dict[str, float]
+    transfer_gb_s: float
+    ring_bytes: int
+    verified: str
+    requests_in_flight: int | None
+    ranks: tuple[RankReport, ...]
+    agents: tuple[AgentStats, ...]
+
+    def to_json(self) -> bytes:
+        """Stable, indented JSON."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+    def write_metrics(self, path: Path) -> None:
+        """Write a Prometheus text file (for a node exporter's textfile collector), atomically."""
+        registry = CollectorRegistry()
+        labels = {"version": self.version, "outcome": self.outcome.value}
+        for name, text, value in (
+            ("ckpt_update_bytes", "Bytes of the checkpoint", self.size_bytes),
+            ("ckpt_update_seconds", "Seconds from call to resume", self.seconds),
+            ("ckpt_update_pause_seconds", "Seconds in which engines did not serve", self.pause_s),
+            ("ckpt_update_transfer_gigabytes_per_second", "Transfer rate", self.transfer_gb_s),
+            ("ckpt_update_finished_timestamp_seconds", "Unix time of the end", time.time()),
+        ):
+            Gauge(name, text, list(labels), registry=registry).labels(**labels).set(value)
+        stages = Gauge("ckpt_update_stage_seconds", "Seconds by stage", [*labels, "stage"], registry=registry)
+        for stage, seconds in self.stages.items():
+            stages.labels(**labels, stage=stage).set(seconds)
+        write_to_textfile(str(path), registry)
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Time a block; the time counts also where it raises."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage.value] = self.seconds.get(stage.value, 0.0) + time.perf_counter() - start

@@ -1,0 +1,161 @@
+"""Reports and plans as tables for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.table import Table
+
+from ckpt_core.contract import EndpointStatus, EngineInfo
+from ckpt_core.manifest import Manifest
+from ckpt_core.metrics import UpdateReport
+from ckpt_core.plan import Plan
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as storage and links are rated."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def report_tables(report: UpdateReport) -> list[Table]:
+    """Summary, stages, ranks."""
+    return [_summary(report), _stages(report), _ranks(report)]
+
+
+def _summary(report: UpdateReport) -> Table:
+    table = Table(title=f"update {report.update_id}: {report.outcome.value}", show_header=False)
+    in_flight = "not told" if report.requests_in_flight is None else str(report.requests_in_flight)
+    for name, value in (
+        ("version", report.version),
+        ("content digest", report.digest),
+        ("checkpoint", f"{human_bytes(report.size_bytes)} in {report.tensors} tensors"),
+        ("total", f"{report.seconds:.3f} s"),
+        ("pause", f"{report.pause_s:.3f} s, {in_flight} requests in flight"),
+        ("transfer", f"{report.transfer_gb_s:.2f} GB/s with a ring of {human_bytes(report.ring_bytes)} per agent"),
+        ("verified", report.verified),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _stages(report: UpdateReport) -> Table:
+    table = Table(title="seconds by stage")
+    for stage in report.stages:
+        table.add_column(stage, justify="right")
+    table.add_row(*(f"{seconds:.3f}" for seconds in report.stages.values()))
+    return table
+
+
+def _ranks(report: UpdateReport) -> Table:
+    table = Table(title="ranks")
+    for name in ("endpoint", "rank", "version", "live fingerprint"):
+        table.add_column(name)
+    for name in ("received", "wait s", "digest s", "load s", "finish s", "fingerprint s"):
+        table.add_column(name, justify="right")
+    for rank in report.ranks:
+        seconds = (
+            rank.stats.wait_s,
+            rank.stats.digest_s,
+            rank.stats.load_s,
+            rank.stats.finish_s,
+            rank.stats.fingerprint_s,
+        )
+        table.add_row(
+            rank.endpoint,
+            str(rank.rank),
+            rank.version,
+            rank.fingerprint[:16] or "-",
+            human_bytes(rank.stats.received_bytes),
+            *(f"{value:.3f}" for value in seconds),
+        )
+    return table
+
+
+def manifest_tables(manifest: Manifest, *, tensors: bool) -> list[Table]:
+    """Summary by dtype, and every tensor if asked."""
+    table = Table(title=f"{len(manifest.tensors)} tensors, {human_bytes(manifest.size_bytes)}")
+    for name in ("dtype", "tensors", "bytes"):
+        table.add_column(name, justify="left" if name == "dtype" else "right")
+    counts = Counter(meta.dtype for meta in manifest.tensors)
+    for dtype, count in counts.most_common():
+        size = sum(meta.size_bytes for meta in manifest.tensors if meta.dtype is dtype)
+        table.add_row(dtype.value, str(count), human_bytes(size))
+    return [table, *([_tensor_table(manifest)] if tensors else [])]
+
+
+def _tensor_table(manifest: Manifest) -> Table:
+    table = Table()
+    for name in ("name", "dtype", "shape", "bytes", "digest"):
+        table.add_column(name)
+    for meta in manifest.tensors:
+        table.add_row(meta.name, meta.dtype.value, str(list(meta.shape)), human_bytes(meta.size_bytes), meta.digest)
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """Bytes by agent and by rank."""
+    sizes = sorted(step.bucket.size_bytes for step in plan.steps)
+    table = Table(title=f"plan {plan.digest}", show_header=False)
+    for name, value in (
+        ("buckets", f"{len(sizes)}, {human_bytes(sizes[0])} to {human_bytes(sizes[-1])}" if sizes else "0"),
+        ("ring", f"{human_bytes(plan.ring_bytes)} per agent"),
+        ("sent by agents", ", ".join(human_bytes(count) for count in plan.bytes_by_owner)),
+        ("needed by ranks", ", ".join(human_bytes(count) for count in plan.bytes_needed_by_receiver)),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def engines_table(infos: list[EngineInfo]) -> Table:
+    """Capabilities in rows, engines in columns."""
+    table = Table(title="installed engine plugins")
+    table.add_column("capability")
+    for info in infos:
+        table.add_column(f"{info.name} {info.engine_version or '(not installed)'}")
+    capabilities = sorted({capability for info in infos for capability in info.capabilities}, key=lambda c: c.value)
+    for capability in capabilities:
+        supports = [info.support(capability) for info in infos]
+        table.add_row(
+            capability.value,
+            *(f"{support.level.value}{': ' + support.detail if support.detail else ''}" for support in supports),
+        )
+    return table
+
+
+def status_table(status: EndpointStatus) -> Table:
+    """One endpoint's answer."""
+    table = Table(title=status.engine, show_header=False)
+    for name, value in (
+        ("state", status.state.value),
+        ("ranks", f"{status.world_size} on {status.device_kind.value}"),
+        ("version", status.version or "not known"),
+        ("instance", status.instance_id or "not told"),
+        ("detail", status.detail or "-"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def plan_explanation(plan: Plan, manifest: Manifest) -> Table:
+    """Every bucket: who sends it, where it lies in the ring, what it waits for, what is in it."""
+    table = Table(title="buckets in order")
+    for name in ("step", "agent", "seq", "ring offset", "bytes", "after seq", "ranks", "tensors"):
+        table.add_column(name, justify="left" if name in ("ranks", "tensors") else "right")
+    for step in plan.steps:
+        names = [manifest.tensors[piece.tensor].name for piece in step.bucket.pieces]
+        rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        table.add_row(
+            str(step.index),
+            str(step.owner),
+            str(step.seq),
+            str(step.ring_offset_bytes),
+            human_bytes(step.bucket.size_bytes),
+            str(step.free_after_seq),
+            ",".join(map(str, step.receivers)),
+            f"{names[0]}{rest}" if names else "",
+        )
+    return table

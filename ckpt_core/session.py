@@ -1,0 +1,399 @@
+"""One attempt to move a fleet to a checkpoint: a state machine with one owner.
+
+    IDLE -> PLANNED -> PAUSED -> ATTACHED -> LOADING -> VERIFYING -> COMMITTED
+                          \\__________\\_________\\____________\\_____-> CLEAN | RESTORED | POISONED
+
+Nothing is written before every rank agreed on one plan; no version is published and no request resumes before every rank
+of every engine verified. Any failure ends in one of the three outcomes, told by `UpdateAborted`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from enum import Enum
+
+from ckpt_core import wire
+from ckpt_core.agents import AgentGroup
+from ckpt_core.channel import Hub
+from ckpt_core.config import UpdateConfig
+from ckpt_core.contract import AbortOutcome, Rendezvous
+from ckpt_core.conversation import Conversation
+from ckpt_core.errors import CkptError, EngineStateError, Outcome, PlanError, UpdateAborted
+from ckpt_core.fleet import Fleet
+from ckpt_core.layout import check_coverage
+from ckpt_core.manifest import Manifest
+from ckpt_core.metrics import RankReport, Stage, Stopwatch, UpdateReport
+from ckpt_core.plan import Plan, make_plan
+from ckpt_core.source import SourceIndex
+
+_log = logging.getLogger(__name__)
+_UNDO_TIMEOUT_S = 30.0
+OnProgress = Callable[[Stage, int, int], None]
+
+
+class SessionState(Enum):
+    """Where an attempt stands."""
+
+    IDLE = "idle"
+    PLANNED = "planned"
+    PAUSED = "paused"
+    ATTACHED = "attached"
+    LOADING = "loading"
+    VERIFYING = "verifying"
+    COMMITTED = "committed"
+    CLEAN = "clean"
+    RESTORED = "restored"
+    POISONED = "poisoned"
+
+
+_NEXT = {
+    SessionState.IDLE: {SessionState.PLANNED},
+    SessionState.PLANNED: {SessionState.PAUSED, SessionState.CLEAN},
+    SessionState.PAUSED: {SessionState.ATTACHED, SessionState.CLEAN},
+    SessionState.ATTACHED: {SessionState.LOADING, SessionState.CLEAN},
+    SessionState.LOADING: {
+        SessionState.VERIFYING,
+        SessionState.CLEAN,
+        SessionState.RESTORED,
+        SessionState.POISONED,
+    },
+    SessionState.VERIFYING: {
+        SessionState.COMMITTED,
+        SessionState.CLEAN,
+        SessionState.RESTORED,
+        SessionState.POISONED,
+    },
+}
+
+
+class Session:
+    """See the module. `run` is called once.
+
+    Args:
+        index: where the checkpoint's bytes are.
+        version: label to publish them under; empty for the first 12 digits of the content digest.
+        fleet: checked, locked members.
+        agents: joined agents.
+        hub, conversation: of the controller.
+        config: options.
+        on_progress: told stage, done and total bytes, now and then.
+    """
+
+    def __init__(
+        self,
+        index: SourceIndex,
+        *,
+        version: str,
+        fleet: Fleet,
+        agents: AgentGroup,
+        hub: Hub,
+        conversation: Conversation,
+        config: UpdateConfig,
+        on_progress: OnProgress,
+    ) -> None:
+        self.update_id = secrets.token_hex(6)
+        self.state = SessionState.IDLE
+        self._index = index
+        self._version = version
+        self._fleet = fleet
+        self._agents = agents
+        self._hub = hub
+        self._talk = conversation
+        self._config = config
+        self._on_progress = on_progress
+        self._token = secrets.token_hex(16)
+        self._watch = Stopwatch()
+        self._started = time.perf_counter()
+        self._paused_at = self._started
+        self._hellos: dict[bytes, wire.RankHello] = {}
+        self._verified: dict[bytes, wire.Verified] = {}
+        self._committed: dict[bytes, wire.Committed] = {}
+        self._sent: dict[bytes, wire.Sent] = {}
+        self._in_flight: int | None = None
+
+    def run(self) -> UpdateReport:
+        """The whole way.
+
+        Raises:
+            CkptError: bad input, found before anything was paused.
+            UpdateAborted: anything later; says what the engines hold now.
+        """
+        manifest = self._prepare()
+        self._move(SessionState.PLANNED)
+        try:
+            self._pause()
+            layouts = self._attach(manifest)
+            plan = self._plan(manifest, layouts)
+            self._transfer(manifest, plan)
+            self._commit(manifest)
+        except BaseException as error:
+            raise self._undo(error) from error
+        self._serve()
+        return self._report(manifest, plan)
+
+    # -- the way forward ---------------------------------------------------------------------------------------------
+    def _prepare(self) -> Manifest:
+        with self._watch.stage(Stage.PREPARE):
+            bytes_by_agent: dict[str, int] = {}
+            self._follow(Stage.PREPARE, self._index.size_bytes, bytes_by_agent)
+            digests = self._agents.prepare(self._index, timeout_s=self._config.prepare_timeout_s)
+            manifest = Manifest.from_index(self._index, digests)
+        self._version = self._version or manifest.digest[:12]
+        return manifest
+
+    def _pause(self) -> None:
+        self._paused_at = time.perf_counter()
+        with self._watch.stage(Stage.PAUSE):
+            self._in_flight = self._fleet.pause(self._config.pause_mode)
+        self._move(SessionState.PAUSED)
+
+    def _attach(self, manifest: Manifest) -> dict[bytes, wire.LayoutReply]:
+        count = sum(member.world_size for member in self._fleet.members)
+        with self._watch.stage(Stage.ATTACH):
+            self._hub.allow(self._token)
+            self._talk.watches.append(self._fleet.check_attached)
+            self._fleet.attach(self._rendezvous)
+            self._hellos = self._talk.admit(
+                wire.RankHello, count, timeout_s=self._config.attach_timeout_s, who="rank"
+            )
+            self._hellos = dict(sorted(self._hellos.items(), key=lambda item: _order(item[1])))
+            for peer, hello in self._hellos.items():
+                self._talk.introduce(peer, hello.process, self._name(hello))
+        self._move(SessionState.ATTACHED)
+        with self._watch.stage(Stage.LAYOUT):
+            ask = wire.AskLayout(manifest=manifest)
+            replies = self._talk.ask(
+                dict.fromkeys(self._hellos, ask), wire.LayoutReply, timeout_s=self._config.attach_timeout_s
+            )
+            check_coverage(
+                {self._name(self._hellos[peer]): reply.layout for peer, reply in replies.items()},
+                allow_missing=self._config.allow_missing,
+                allow_unexpected=self._config.allow_unexpected,
+            )
+        return replies
+
+    def _plan(self, manifest: Manifest, layouts: dict[bytes, wire.LayoutReply]) -> Plan:
+        with self._watch.stage(Stage.PLAN):
+            plan = make_plan(
+                manifest,
+                [layouts[peer].layout for peer in self._hellos],
+                agents=len(self._agents.peers),
+                ring_bytes=self._config.ring_bytes,
+                bucket_bytes=self._config.bucket_bytes,
+            )
+            rings = self._agents.open_rings(
+                ring_bytes=plan.ring_bytes, receivers=plan.receivers, timeout_s=self._config.attach_timeout_s
+            )
+            offers = {
+                peer: self._offer(plan, rings, receiver, manifest) for receiver, peer in enumerate(self._hellos)
+            }
+            agreed = self._talk.ask(offers, wire.PlanAgreed, timeout_s=self._config.attach_timeout_s)
+            for peer, reply in agreed.items():
+                if reply.digest != plan.digest:
+                    raise PlanError(
+                        f"{self._name(self._hellos[peer])} computed plan digest {reply.digest}, expected {plan.digest}; install the "
+                        "same ckpt-core on both sides"
+                    )
+        return plan
+
+    def _transfer(self, manifest: Manifest, plan: Plan) -> None:
+        self._move(SessionState.LOADING)
+        with self._watch.stage(Stage.TRANSFER):
+            self._follow(Stage.TRANSFER, sum(plan.bytes_needed_by_receiver), {})
+            for peer in self._hellos:
+                self._talk.tell(peer, wire.Begin())
+            self._agents.start_sending(plan, manifest, timeout_s=self._config.transfer_timeout_s)
+            self._await_transfer()
+        self._move(SessionState.VERIFYING)
+
+    def _await_transfer(self) -> None:
+        wanted: dict[bytes, type[wire.Verified] | type[wire.Sent]] = dict.fromkeys(self._hellos, wire.Verified)
+        wanted |= dict.fromkeys(self._agents.peers, wire.Sent)
+        answers = self._talk.gather(wanted, timeout_s=self._config.transfer_timeout_s)
+        for peer, answer in answers.items():
+            if isinstance(answer, wire.Verified):
+                self._verified[peer] = answer
+            else:
+                self._sent[peer] = answer
+
+    def _commit(self, manifest: Manifest) -> None:
+        with self._watch.stage(Stage.COMMIT):
+            self._talk.watches.clear()  # attach calls come back from now on
+            for peer in self._hellos:
+                self._talk.tell(peer, wire.Commit(version=self._version, digest=manifest.digest))
+            wanted = dict.fromkeys(self._hellos, wire.Committed)
+            self._talk.gather(wanted, timeout_s=self._config.commit_timeout_s, into=self._committed)
+        self._move(SessionState.COMMITTED)
+
+    def _serve(self) -> None:
+        """Flush and resume; the weights are committed, whatever happens here."""
+        try:
+            with self._watch.stage(Stage.DETACH):
+                self._release()
+            with self._watch.stage(Stage.FLUSH):
+                self._fleet.flush(
+                    accept_stale=self._config.allow_stale_cache, timeout_s=self._config.commit_timeout_s
+                )
+            with self._watch.stage(Stage.RESUME):
+                self._fleet.resume(self._version)
+        except CkptError as error:
+            error.args = (f"version {self._version} is committed on every rank, but: {error}",)
+            raise
+
+    # -- the way back ------------------------------------------------------------------------------------------------
+    def _undo(self, error: BaseException) -> UpdateAborted:
+        """Tell everybody, learn what every rank holds, free everything, resume what is whole."""
+        _log.info("undoing update %s in state %s: %s", self.update_id, self.state.value, error)
+        self._talk.watches.clear()
+        begun = self.state in (SessionState.LOADING, SessionState.VERIFYING)
+        for peer in self._hellos:
+            self._talk.tell(peer, wire.Abort(cause=str(error) or type(error).__name__))
+        wanted = {peer: wire.Aborted for peer in self._hellos if peer not in self._committed}
+        aborted = self._talk.gather(wanted, timeout_s=_UNDO_TIMEOUT_S, patient=True)
+        by_endpoint = self._outcomes(aborted, begun=begun)
+        outcome = max(by_endpoint.values(), key=_SEVERITY.index)
+        self._move(SessionState(outcome.value))
+        causes = [error, *self._free()]
+        if outcome is not Outcome.POISONED:
+            causes += self._resume_old()
+        return UpdateAborted(
+            f"update {self.update_id} to {self._version}: {_SAYS[outcome]} Cause: {error or type(error).__name__}",
+            outcome=outcome,
+            by_endpoint=by_endpoint,
+            causes=causes,
+        )
+
+    def _outcomes(self, aborted: dict[bytes, wire.Aborted], *, begun: bool) -> dict[str, Outcome]:
+        """Worst outcome of each endpoint's ranks. A rank that does not answer may hold anything once it was told to begin."""
+        by_endpoint = {member.endpoint.url: Outcome.CLEAN for member in self._fleet.members}
+        for peer, hello in self._hellos.items():
+            url = self._fleet.members[hello.endpoint_index].endpoint.url
+            if peer in self._committed:
+                outcome = Outcome.COMMITTED
+            elif peer in aborted:
+                outcome = _OUTCOME_OF[aborted[peer].outcome]
+            else:
+                outcome = Outcome.POISONED if begun else Outcome.CLEAN
+            by_endpoint[url] = max(by_endpoint[url], outcome, key=_SEVERITY.index)
+        return by_endpoint
+
+    def _free(self) -> list[BaseException]:
+        try:
+            self._release()
+        except CkptError as error:
+            return [error]
+        return []
+
+    def _resume_old(self) -> list[BaseException]:
+        try:
+            self._fleet.resume(None)
+        except CkptError as error:
+            return [error]
+        return []
+
+    # -- both ways ----------------------------------------------------------------------------------------------------
+    def _release(self) -> None:
+        """Rings given back, attach calls returned, token worthless."""
+        self._agents.close_rings(timeout_s=self._config.commit_timeout_s)
+        in_time = self._fleet.detach(self._config.commit_timeout_s)
+        self._talk.forget(list(self._hellos))
+        self._hub.revoke(self._token)
+        if not in_time:
+            raise EngineStateError(
+                "an attach call did not come back although its ranks are done; the engine may hang: look into its log"
+            )
+
+    def _rendezvous(self, endpoint_index: int) -> Rendezvous:
+        config = self._config
+        return Rendezvous(
+            address=self._hub.address,
+            token=self._token,
+            update_id=self.update_id,
+            silence_timeout_s=config.silence_timeout_s,
+            lifetime_s=3 * config.attach_timeout_s + config.transfer_timeout_s + 2 * config.commit_timeout_s,
+            endpoint_index=endpoint_index,
+        )
+
+    def _offer(
+        self, plan: Plan, rings: tuple[wire.RingOffer, ...], receiver: int, manifest: Manifest
+    ) -> wire.OfferPlan:
+        return wire.OfferPlan(
+            plan=plan,
+            rings=rings,
+            receiver=receiver,
+            update_id=self.update_id,
+            version=self._version,
+            digest=manifest.digest,
+            verify=self._config.verify.value,
+            fingerprint=self._config.fingerprint,
+            transfer_timeout_s=self._config.transfer_timeout_s,
+        )
+
+    def _follow(self, stage: Stage, total: int, done_by_name: dict[str, int]) -> None:
+        def note(name: str, progress: wire.Progress) -> None:
+            done_by_name[name] = progress.done_bytes
+            self._on_progress(stage, sum(done_by_name.values()), total)
+
+        self._talk.on_progress = note
+
+    def _name(self, hello: wire.RankHello) -> str:
+        return f"rank {hello.rank.rank} of {self._fleet.members[hello.endpoint_index].endpoint}"
+
+    def _move(self, state: SessionState) -> None:
+        assert state in _NEXT[self.state], f"no way from {self.state} to {state}"
+        self.state = state
+
+    def _report(self, manifest: Manifest, plan: Plan) -> UpdateReport:
+        now = time.perf_counter()
+        return UpdateReport(
+            update_id=self.update_id,
+            version=self._version,
+            digest=manifest.digest,
+            outcome=Outcome.COMMITTED,
+            size_bytes=manifest.size_bytes,
+            tensors=len(manifest.tensors),
+            seconds=now - self._started,
+            pause_s=now - self._paused_at,
+            stages=self._watch.seconds,
+            transfer_gb_s=plan.size_bytes / 1e9 / self._watch.seconds[Stage.TRANSFER.value],
+            ring_bytes=plan.ring_bytes,
+            verified=self._config.verify.value,
+            requests_in_flight=self._in_flight,
+            ranks=tuple(self._rank_report(peer, manifest) for peer in self._hellos),
+            agents=tuple(self._sent[peer].stats for peer in self._agents.peers),
+        )
+
+    def _rank_report(self, peer: bytes, manifest: Manifest) -> RankReport:
+        hello, verified = self._hellos[peer], self._verified[peer]
+        member = self._fleet.members[hello.endpoint_index]
+        return RankReport(
+            endpoint=member.endpoint.url,
+            engine=member.endpoint.engine,
+            rank=hello.rank.rank,
+            device=hello.rank.device_uuid,
+            version=self._version,
+            digest=manifest.digest,
+            fingerprint=verified.fingerprint,
+            stats=verified.stats,
+        )
+
+
+_SEVERITY = (Outcome.COMMITTED, Outcome.CLEAN, Outcome.RESTORED, Outcome.POISONED)
+_OUTCOME_OF = {
+    AbortOutcome.UNTOUCHED: Outcome.CLEAN,
+    AbortOutcome.RELOADABLE: Outcome.POISONED,
+    AbortOutcome.POISONED: Outcome.POISONED,
+}
+_SAYS = {
+    Outcome.COMMITTED: "committed.",
+    Outcome.CLEAN: "nothing was touched, engines serve the old weights.",
+    Outcome.RESTORED: "the old weights are back, verified.",
+    Outcome.POISONED: "engines hold mixed weights and stay paused; update them again, or restart them.",
+}
+
+
+def _order(hello: wire.RankHello) -> tuple[int, int]:
+    return hello.endpoint_index, hello.rank.rank

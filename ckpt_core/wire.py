@@ -1,0 +1,312 @@
+"""Messages between controller, agents and ranks: a closed, typed, versioned schema in MessagePack. No pickle.
+
+Every frame is one `Envelope`. Who receives it checks protocol version, token and sequence number before looking at
+the body, and refuses what is too large before decoding it.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Collection
+
+import msgspec
+
+from ckpt_core.contract import AbortOutcome, RankInfo
+from ckpt_core.errors import WireError
+from ckpt_core.layout import Layout
+from ckpt_core.manifest import Manifest
+from ckpt_core.plan import Plan
+from ckpt_core.source import SourceIndex
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 512 << 20  # a plan of a trillion parameters in 140,000 tensors takes some 30 MB
+
+
+class ProcessInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a process runs: enough to see whether two can share memory, and to watch it die."""
+
+    boot_id: str
+    pid: int
+    uid: int
+    pid_namespace: str
+    ipc_namespace: str
+    host: str
+
+
+class RingOffer(msgspec.Struct, frozen=True, kw_only=True):
+    """How to map the ring of one agent.
+
+    Attributes:
+        owner: index of the agent.
+        device: "cpu", or the UUID of the accelerator that holds the ring.
+        handle: path of the shared memory file, or the driver's IPC handle in hex.
+        size_bytes: of the ring.
+        control_path: shared memory file with the sequence numbers.
+    """
+
+    owner: int
+    device: str
+    handle: str
+    size_bytes: int
+    control_path: str
+
+
+class RankStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank did in an update. Seconds of wall time, bytes as they lie in the checkpoint."""
+
+    received_bytes: int
+    wait_s: float
+    load_s: float
+    digest_s: float
+    begin_s: float
+    finish_s: float
+    fingerprint_s: float
+    retained_bytes: int
+    digested_bytes: int
+    ignored: tuple[str, ...] = ()
+
+
+class AgentStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one agent did in an update."""
+
+    sent_bytes: int
+    copy_s: float
+    wait_s: float
+    total_s: float
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of everything that travels."""
+
+
+# -- both ways -------------------------------------------------------------------------------------------------------
+class Failure(Message):
+    """The sender failed. `error` is the name of the exception class, `phase` what it was doing."""
+
+    error: str
+    message: str
+    phase: str
+    traceback: str = ""
+
+
+# -- controller to everybody -------------------------------------------------------------------------------------------
+class Ping(Message):
+    """The controller is alive."""
+
+
+class Abort(Message):
+    """End the update; go back to what can be gone back to."""
+
+    cause: str
+
+
+# -- controller to ranks -------------------------------------------------------------------------------------------------
+class AskLayout(Message):
+    """Which slices of this checkpoint do you need?"""
+
+    manifest: Manifest
+
+
+class OfferPlan(Message):
+    """Map the rings, check the plan, and say whether you agree. `receiver` is the rank's index in the plan."""
+
+    plan: Plan
+    rings: tuple[RingOffer, ...]
+    receiver: int
+    update_id: str
+    version: str
+    digest: str
+    verify: str
+    fingerprint: bool
+    transfer_timeout_s: float
+
+
+class Begin(Message):
+    """All ranks agreed: load."""
+
+
+class Commit(Message):
+    """All ranks verified: these are the weights now."""
+
+    version: str
+    digest: str
+
+
+# -- ranks to controller ---------------------------------------------------------------------------------------------------
+class RankHello(Message):
+    """First word of a rank."""
+
+    endpoint_index: int
+    rank: RankInfo
+    process: ProcessInfo
+
+
+class LayoutReply(Message):
+    """Answer to AskLayout."""
+
+    layout: Layout
+
+
+class PlanAgreed(Message):
+    """The plan with this digest is safe, and every ring is mapped."""
+
+    digest: str
+
+
+class Progress(Message):
+    """Bytes of the plan that this rank is done with."""
+
+    done_bytes: int
+
+
+class Verified(Message):
+    """Loaded, finished, and proved as far as asked. `fingerprint` digests the live weights ("" where not asked)."""
+
+    stats: RankStats
+    fingerprint: str
+
+
+class Committed(Message):
+    """The commit was taken."""
+
+
+class Aborted(Message):
+    """The update was undone as far as the engine can."""
+
+    outcome: AbortOutcome
+
+
+# -- controller to agents --------------------------------------------------------------------------------------------------
+class Prepare(Message):
+    """Map the files of this checkpoint and digest these tensors of it."""
+
+    index: SourceIndex
+    digest: tuple[str, ...]
+
+
+class OpenRing(Message):
+    """Make a ring for that many receivers."""
+
+    ring_bytes: int
+    receivers: int
+
+
+class Send(Message):
+    """Send your buckets of this plan, made for this manifest."""
+
+    plan: Plan
+    manifest: Manifest
+    timeout_s: float
+
+
+class CloseRing(Message):
+    """The update is over; give the ring back."""
+
+
+class Stop(Message):
+    """End the process."""
+
+
+# -- agents to controller --------------------------------------------------------------------------------------------------
+class AgentHello(Message):
+    """First word of an agent."""
+
+    agent: int
+    process: ProcessInfo
+
+
+class Prepared(Message):
+    """Answer to Prepare: content digests by tensor name."""
+
+    digests: dict[str, str]
+    seconds: float
+    size_bytes: int
+
+
+class RingOpened(Message):
+    """Answer to OpenRing."""
+
+    offer: RingOffer
+
+
+class Sent(Message):
+    """Every bucket was published and read."""
+
+    stats: AgentStats
+
+
+class RingClosed(Message):
+    """Answer to CloseRing, also where there was none."""
+
+
+AnyMessage = (
+    Failure
+    | Ping
+    | Abort
+    | AskLayout
+    | OfferPlan
+    | Begin
+    | Commit
+    | RankHello
+    | LayoutReply
+    | PlanAgreed
+    | Progress
+    | Verified
+    | Committed
+    | Aborted
+    | Prepare
+    | OpenRing
+    | Send
+    | CloseRing
+    | Stop
+    | AgentHello
+    | Prepared
+    | RingOpened
+    | Sent
+    | RingClosed
+)
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One frame. `seq` counts from 1 per sender and connection."""
+
+    protocol: int
+    token: str
+    seq: int
+    body: AnyMessage
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def encode(body: AnyMessage, *, token: str, seq: int) -> bytes:
+    """One frame for a message."""
+    frame = _encoder.encode(Envelope(protocol=PROTOCOL_VERSION, token=token, seq=seq, body=body))
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a {type(body).__name__} of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+    return frame
+
+
+def decode(frame: bytes, *, tokens: Collection[str], last_seq: int) -> Envelope:
+    """Decode and check one frame, which must carry one of the tokens.
+
+    Raises:
+        WireError: too large, not in the schema, another protocol version, wrong token, or out of sequence.
+    """
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a frame of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        envelope = _decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"a frame of {len(frame)} bytes is not in the schema: {error}") from error
+    if envelope.protocol != PROTOCOL_VERSION:
+        raise WireError(
+            f"the peer speaks protocol {envelope.protocol}, this side {PROTOCOL_VERSION}; install the same "
+            "ckpt-core on both"
+        )
+    if not any(hmac.compare_digest(envelope.token.encode(), token.encode()) for token in tokens):
+        raise WireError("a frame carries a wrong token; it is not from this update")
+    if envelope.seq != last_seq + 1:
+        raise WireError(f"expected frame {last_seq + 1}, got {envelope.seq}; frames were lost or repeated")
+    return envelope

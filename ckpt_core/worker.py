@@ -1,0 +1,229 @@
+"""The receiving side, inside each rank process of an engine. It knows no engine: it calls hooks.
+
+    identify, supports -> RankHello          |  what may be refused, is refused before anything is touched
+    AskLayout          -> LayoutReply        |
+    OfferPlan          -> PlanAgreed         |
+    Begin: begin, load ..., finish           |  from here on, any failure ends in poison, abort, and a typed outcome
+                       -> Verified           |
+    Commit: disarm     -> Committed          |  or Abort -> Aborted
+
+The controller's silence is an abort, too: a rank never waits for ever, and never serves what was not committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from typing import Any
+
+from ckpt_core import plugins, process, wire
+from ckpt_core.apply import Applier
+from ckpt_core.channel import AbortRequested, Line
+from ckpt_core.config import VerifyLevel
+from ckpt_core.contract import AbortOutcome, AttachResult, RankInfo, Rendezvous, Update
+from ckpt_core.errors import EngineError, EngineStateError, PlanError, TransferTimeout
+from ckpt_core.layout import Layout, whole_layout
+from ckpt_core.manifest import Manifest
+from ckpt_core.pipeline import receive
+from ckpt_core.plan import check_plan
+from ckpt_core.polling import Poller
+from ckpt_core.transport.base import RingReader
+from ckpt_core.transport.ipc import IpcRingReader
+from ckpt_core.verify import fingerprint
+
+_log = logging.getLogger(__name__)
+
+
+def attach(
+    worker: Any, rendezvous: Rendezvous, *, engine: str, plugin: plugins.EnginePlugin | None = None
+) -> AttachResult:
+    """Take part in one update: blocks until it is committed or undone on this rank. Never raises.
+
+    Args:
+        worker: whatever the engine's plugin calls a worker; handed to the hooks as it is.
+        rendezvous: from the engine's attach call.
+        engine: name of the plugin.
+        plugin: the plugin itself, where it is not installed under that name.
+    """
+    rank = -1
+    try:
+        plugin = plugin or plugins.load(engine)
+        info: RankInfo = plugin.hook.ckpt_identify(worker=worker)
+        rank = info.rank
+        with Line(rendezvous.address, rendezvous.token, rendezvous.silence_timeout_s) as line:
+            outcome, error = _Attachment(worker, plugin, line, info, rendezvous).run()
+    except Exception as failure:
+        _log.exception("attach failed on rank %d", rank)
+        outcome, error = AbortOutcome.UNTOUCHED.value, f"{type(failure).__name__}: {failure}"
+    return AttachResult(rank=rank, outcome=outcome, error=error)
+
+
+class _Attachment:
+    """One rank in one update."""
+
+    def __init__(
+        self, worker: Any, plugin: plugins.EnginePlugin, line: Line, info: RankInfo, rendezvous: Rendezvous
+    ) -> None:
+        self._worker = worker
+        self._plugin = plugin
+        self._hook = plugin.hook
+        self._line = line
+        self._info = info
+        self._rendezvous = rendezvous
+        self._readers: list[RingReader] = []
+        self._update: Update | None = None  # set before begin is called: from then on weights may be touched
+        self._phase = "attach"
+
+    def run(self) -> tuple[str, str]:
+        """Outcome and error text of this rank."""
+        try:
+            manifest = self._agree_on_layout()
+            offer = self._agree_on_plan(manifest)
+            self._load(manifest, offer)
+            self._commit()
+        except Exception as error:
+            return self._undo(error).value, f"{type(error).__name__}: {error}"
+        finally:
+            for reader in self._readers:
+                reader.close()
+        return "committed", ""
+
+    def _agree_on_layout(self) -> Manifest:
+        self._line.send(
+            wire.RankHello(
+                endpoint_index=self._rendezvous.endpoint_index, rank=self._info, process=process.current()
+            )
+        )
+        manifest = self._line.expect(wire.AskLayout).manifest
+        self._phase = "layout"
+        self._hook.ckpt_supports(worker=self._worker)
+        layout: Layout | None = self._hook.ckpt_layout(worker=self._worker, manifest=manifest)
+        self._line.send(wire.LayoutReply(layout=layout or whole_layout(manifest)))
+        return manifest
+
+    def _agree_on_plan(self, manifest: Manifest) -> wire.OfferPlan:
+        offer = self._line.expect(wire.OfferPlan)
+        self._phase = "plan"
+        check_plan(offer.plan, manifest)
+        if len(offer.rings) != offer.plan.agents or offer.receiver >= offer.plan.receivers:
+            raise PlanError(
+                f"the plan is for {offer.plan.agents} agents and {offer.plan.receivers} ranks, the offer has {len(offer.rings)} "
+                f"rings and makes this rank number {offer.receiver}"
+            )
+        for ring in offer.rings:
+            reader = IpcRingReader(ring, receiver=offer.receiver, receivers=offer.plan.receivers)
+            self._readers.append(reader)
+        self._line.send(wire.PlanAgreed(digest=offer.plan.digest))
+        return offer
+
+    def _load(self, manifest: Manifest, offer: wire.OfferPlan) -> None:
+        self._line.expect(wire.Begin)
+        update = Update(
+            update_id=offer.update_id,
+            version=offer.version,
+            digest=offer.digest,
+            expected=frozenset(meta.name for meta in manifest.tensors),
+        )
+        begin_s = self._begin(update)
+        applier = Applier(
+            self._plugin, self._worker, update, manifest, digest=offer.verify == VerifyLevel.ARRIVAL.value
+        )
+        self._phase = "load"
+        wait_s = self._receive(offer, applier)
+        self._phase = "finish"
+        start = time.perf_counter()
+        self._hook.ckpt_finish(worker=self._worker, update=update)
+        finish_s = time.perf_counter() - start
+        self._phase = "verify"
+        print_, fingerprint_s = self._fingerprint(wanted=offer.fingerprint)
+        stats = wire.RankStats(
+            received_bytes=applier.received_bytes,
+            wait_s=wait_s,
+            load_s=applier.load_s,
+            digest_s=applier.digest_s,
+            begin_s=begin_s,
+            finish_s=finish_s,
+            fingerprint_s=fingerprint_s,
+            retained_bytes=applier.retained_bytes,
+            digested_bytes=applier.digested_bytes,
+            ignored=tuple(applier.ignored),
+        )
+        self._line.send(wire.Verified(stats=stats, fingerprint=print_))
+
+    def _begin(self, update: Update) -> float:
+        self._phase = "begin"
+        self._update = update
+        start = time.perf_counter()
+        try:
+            self._hook.ckpt_begin(worker=self._worker, update=update)
+        except EngineStateError:
+            self._update = None  # a refusal, which by contract changed nothing
+            raise
+        return time.perf_counter() - start
+
+    def _receive(self, offer: wire.OfferPlan, applier: Applier) -> float:
+        reporter = _Reporter(self._line, applier)
+        timeout_s = offer.transfer_timeout_s
+        poller = Poller(
+            check=reporter.check,
+            deadline=time.monotonic() + timeout_s,
+            expired=lambda what: TransferTimeout(f"rank {self._info.rank} waited {timeout_s:g} s for {what}"),
+        )
+        receive(offer.plan, offer.receiver, readers=self._readers, consume=applier.consume, poller=poller)
+        return poller.waited_s
+
+    def _fingerprint(self, *, wanted: bool) -> tuple[str, float]:
+        start = time.perf_counter()
+        live = self._hook.ckpt_live(worker=self._worker) if wanted else None
+        return (fingerprint(live) if live is not None else "", time.perf_counter() - start)
+
+    def _commit(self) -> None:
+        self._phase = "commit"
+        self._line.expect(wire.Commit)
+        self._hook.ckpt_poison(worker=self._worker, cause=None)
+        self._line.send(wire.Committed())
+
+    def _undo(self, error: Exception) -> AbortOutcome:
+        """Say so first, for the others' sake; then poison, then abort; the guard goes only if nothing was touched."""
+        if not isinstance(error, AbortRequested):
+            self._line.send(_failure(error, self._phase))
+        outcome = AbortOutcome.UNTOUCHED if self._update is None else self._abort(self._update, error)
+        self._line.send(wire.Aborted(outcome=outcome))
+        return outcome
+
+    def _abort(self, update: Update, error: Exception) -> AbortOutcome:
+        cause = f"update {update.update_id} failed in {self._phase}: {type(error).__name__}: {error}"
+        try:
+            self._hook.ckpt_poison(worker=self._worker, cause=cause)
+            outcome = self._hook.ckpt_abort(worker=self._worker, update=update, cause=cause)
+            if not isinstance(outcome, AbortOutcome):
+                raise EngineError(f"ckpt_abort must return an AbortOutcome, got {outcome!r}")
+            if outcome is AbortOutcome.UNTOUCHED:
+                self._hook.ckpt_poison(worker=self._worker, cause=None)
+        except Exception:
+            _log.exception("abort failed; the weights of rank %d are not known to be any checkpoint", self._info.rank)
+            return AbortOutcome.POISONED
+        return outcome
+
+
+class _Reporter:
+    """Called a few hundred times a second during a transfer: looks for an abort, and tells how far the rank is."""
+
+    _EVERY_S = 0.1
+
+    def __init__(self, line: Line, applier: Applier) -> None:
+        self._line = line
+        self._applier = applier
+        self._reported = time.monotonic()
+
+    def check(self) -> None:
+        self._line.check_abort()
+        if time.monotonic() - self._reported > self._EVERY_S:
+            self._reported = time.monotonic()
+            self._line.send(wire.Progress(done_bytes=self._applier.received_bytes))
+
+
+def _failure(error: Exception, phase: str) -> wire.Failure:
+    text = "".join(traceback.format_exception(error))
+    return wire.Failure(error=type(error).__name__, message=str(error), phase=phase, traceback=text)
