@@ -92,7 +92,7 @@ class Agent:
             reply = self._close_ring(None)
         except PeerLost:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 every failure goes to the controller
             reply = _failure(error, type(message).__name__)
         if reply is not None:
             self._line.send(reply)

@@ -14,6 +14,7 @@ from ckpt_core.agent import AgentConfig
 from ckpt_core.config import child_environment
 from ckpt_core.conversation import Conversation
 from ckpt_core.manifest import Manifest
+from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
 
 _STOP_TIMEOUT_S = 5.0
@@ -96,7 +97,7 @@ class AgentGroup:
         replies = self._conversation.ask(dict.fromkeys(self._peers, ask), wire.RingOpened, timeout_s=timeout_s)
         return tuple(replies[peer].offer for peer in self._peers)
 
-    def start_sending(self, plan: wire.Plan, manifest: Manifest, *, timeout_s: float) -> None:
+    def start_sending(self, plan: Plan, manifest: Manifest, *, timeout_s: float) -> None:
         """Let all send; each answers Sent when its last bucket was read."""
         for peer in self._peers:
             self._conversation.tell(peer, wire.Send(plan=plan, manifest=manifest, timeout_s=timeout_s))

@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -178,9 +177,7 @@ def update(
     on_progress: OnProgress | None = None,
 ) -> UpdateReport:
     """One update with agents of its own; see `Updater`."""
-    with Updater(
-        targets, config=config, endpoint_options=endpoint_options, on_progress=on_progress
-    ) as updater:
+    with Updater(targets, config=config, endpoint_options=endpoint_options, on_progress=on_progress) as updater:
         return updater.update(checkpoint, version=version)
 
 

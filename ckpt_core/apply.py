@@ -27,9 +27,7 @@ class Applier:
         ignored: names the engine had no use for.
     """
 
-    def __init__(
-        self, plugin: EnginePlugin, worker: Any, update: Update, manifest: Manifest, *, digest: bool
-    ) -> None:
+    def __init__(self, plugin: EnginePlugin, worker: Any, update: Update, manifest: Manifest, *, digest: bool) -> None:
         self._plugin = plugin
         self._worker = worker
         self._update = update

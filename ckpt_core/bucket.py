@@ -7,7 +7,6 @@ evenly: small or uneven ones cost a third of the speed.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +71,7 @@ class TensorNeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What is sent of a tensor in one piece (None: all), its bytes, and the bit set of those who need any of it."""
+    """What is sent of a tensor in one piece (None: all), its bytes, and the bit set of those who need it."""
 
     box: Box | None
     size_bytes: int
@@ -83,8 +82,8 @@ class Part:
 class Needs:
     """What receivers need of a checkpoint.
 
-    Models repeat a few shapes and slices a hundred thousand times, so boxes are kept once, and what follows from a
-    shape and its slices is worked out once.
+    Models repeat a few shapes and slices a hundred thousand times, so boxes are kept once, and what
+    follows from a shape and its slices is worked out once.
 
     Attributes:
         manifest: the checkpoint.
@@ -165,7 +164,7 @@ def _part_number(boxes: list[Box], entry: LayoutEntry, shape: tuple[int, ...]) -
     if box.shape == shape:
         return _WHOLE
     # An empty slice of a tensor with elements is no need at all; an empty tensor still has to arrive.
-    if not box.size and math.prod(shape):
+    if not box.size and 0 not in shape:
         return _NOTHING
     boxes.append(box)
     return len(boxes) - 1

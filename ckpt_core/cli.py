@@ -178,7 +178,9 @@ def demo(
     try:
         from ckpt_conformance.demo import run_demo
     except ImportError as error:
-        raise ConfigError(f"the demo needs more packages ({error}); pip install 'ckpt-core[conformance,demo]'") from error
+        raise ConfigError(
+            f"the demo needs more packages ({error}); pip install 'ckpt-core[conformance,demo]'"
+        ) from error
     run_demo(cache, generated=generated, console=_out)
 
 

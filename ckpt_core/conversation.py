@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ckpt_core import errors, process, wire
 from ckpt_core.channel import Hub
-from ckpt_core.errors import CkptError, HookFailed, PeerLost, RendezvousTimeout, TransferTimeout, TransportError
+from ckpt_core.errors import CkptError, HookFailed, PeerLost, RendezvousTimeout, TransferTimeout
 
 M = TypeVar("M", bound=wire.Message)
 _ROUND_S = 0.02
@@ -177,6 +177,6 @@ def failure_of(name: str, failure: wire.Failure) -> CkptError:
     if plain and issubclass(kind, CkptError):  # type: ignore[arg-type]
         made: CkptError = kind(text)  # type: ignore[misc]
         return made
-    return HookFailed(f"{name}, in {failure.phase}: {failure.error}: {failure.message}", remote_traceback=failure.traceback)
-
-
+    return HookFailed(
+        f"{name}, in {failure.phase}: {failure.error}: {failure.message}", remote_traceback=failure.traceback
+    )

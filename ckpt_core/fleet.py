@@ -108,7 +108,8 @@ class Fleet:
             support = member.plugin.info.support(needed)
             if not support.usable:
                 raise ConfigError(
-                    f"{member.endpoint}: pause mode {config.pause_mode.value} is {support.level.value} ({support.detail}); choose another"
+                    f"{member.endpoint}: pause mode {config.pause_mode.value} is {support.level.value} ({support.detail}); "
+                    "choose another"
                 )
 
     def pause(self, mode: PauseMode) -> int | None:

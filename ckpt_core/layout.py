@@ -241,8 +241,7 @@ def whole_layout(manifest: Manifest) -> Layout:
     """Every tensor whole, grouped by its module: what an engine without a layout of its own gets."""
     return Layout(
         entries=tuple(
-            LayoutEntry(tensor=tensor.name, group=tensor.name.rpartition(".")[0])
-            for tensor in manifest.tensors
+            LayoutEntry(tensor=tensor.name, group=tensor.name.rpartition(".")[0]) for tensor in manifest.tensors
         )
     )
 
@@ -268,9 +267,7 @@ def check_coverage(
     problems = _mismatches(layouts)
     if not allow_missing:
         missing = _ranks_by_name((label, layout.missing) for label, layout in layouts.items())
-        problems += _summary(
-            missing, "missing in the checkpoint", "pass --allow-missing to leave them as they are"
-        )
+        problems += _summary(missing, "missing in the checkpoint", "pass --allow-missing to leave them as they are")
     if not allow_unexpected:
         unknown = _ranks_by_name((label, layout.unknown) for label, layout in layouts.items())
         problems += _summary(unknown, "not known to the engine", "pass --allow-unexpected to leave them out")
@@ -303,9 +300,7 @@ def _mismatches(layouts: Mapping[str, Layout]) -> list[str]:
         for mismatch in layout.mismatched:
             found.setdefault(mismatch, []).append(label)
     by_text = {f"{m.tensor!r} (expected {m.expected}, got {m.got})": ranks for m, ranks in found.items()}
-    return _summary(
-        by_text, "of the wrong shape or dtype", "use a checkpoint of the model that the engine runs"
-    )
+    return _summary(by_text, "of the wrong shape or dtype", "use a checkpoint of the model that the engine runs")
 
 
 def _outside(layouts: Mapping[str, Layout], manifest: Manifest) -> list[str]:
@@ -315,9 +310,7 @@ def _outside(layouts: Mapping[str, Layout], manifest: Manifest) -> list[str]:
             text = _misfit(entry, manifest)
             if text:
                 outside.setdefault(text, []).append(label)
-    return _summary(
-        outside, "needed but not there", "the layout was not made for this checkpoint: attach again"
-    )
+    return _summary(outside, "needed but not there", "the layout was not made for this checkpoint: attach again")
 
 
 def _misfit(entry: LayoutEntry, manifest: Manifest) -> str:

@@ -199,9 +199,7 @@ class Manifest:
             temporary.write_bytes(self.to_json())
             temporary.replace(target)
         except OSError as error:
-            raise ManifestError(
-                f"{str(target)!r}: cannot be written ({error.strerror}); check the path"
-            ) from error
+            raise ManifestError(f"{str(target)!r}: cannot be written ({error.strerror}); check the path") from error
         finally:
             with suppress(OSError):
                 temporary.unlink()
@@ -216,9 +214,7 @@ class Manifest:
         try:
             return cls.from_json(Path(path).read_bytes())
         except OSError as error:
-            raise ManifestError(
-                f"{str(path)!r}: cannot be read ({error.strerror}); check the path"
-            ) from error
+            raise ManifestError(f"{str(path)!r}: cannot be read ({error.strerror}); check the path") from error
         except ManifestError as error:
             raise ManifestError(f"{str(path)!r}: {error}") from error
 
@@ -279,9 +275,7 @@ def _check_text(name: str) -> None:
     try:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ManifestError(
-            f"tensor {name!r:.200}: expected a name in Unicode text, got {error.reason}"
-        ) from error
+        raise ManifestError(f"tensor {name!r:.200}: expected a name in Unicode text, got {error.reason}") from error
 
 
 def _merkle_root(level: list[bytes]) -> str:

@@ -37,7 +37,9 @@ def send(
         writer.advance()
         poller.check_now_and_then(f"bucket {step.index} of agent {owner}")
     last = steps[-1].seq if steps else 0
-    poller.until(lambda: writer.advance() >= last and writer.done() >= last, f"the ranks to read agent {owner}'s last bucket")
+    poller.until(
+        lambda: writer.advance() >= last and writer.done() >= last, f"the ranks to read agent {owner}'s last bucket"
+    )
     return AgentStats(
         sent_bytes=sum(step.bucket.size_bytes for step in steps),
         copy_s=copy_s,
@@ -51,9 +53,7 @@ def _advance(writer: RingWriter) -> bool:
     return True
 
 
-def receive(
-    plan: Plan, receiver: int, *, readers: Sequence[RingReader], consume: Consume, poller: Poller
-) -> None:
+def receive(plan: Plan, receiver: int, *, readers: Sequence[RingReader], consume: Consume, poller: Poller) -> None:
     """Take the buckets of all owners in the plan's order; `consume` those meant for this receiver, pass over the others."""
     for step in plan.steps:
         reader = readers[step.owner]

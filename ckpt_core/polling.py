@@ -24,9 +24,7 @@ class Poller:
         waited_s: total time spent in `until`.
     """
 
-    def __init__(
-        self, *, check: Callable[[], None], deadline: float, expired: Callable[[str], Exception]
-    ) -> None:
+    def __init__(self, *, check: Callable[[], None], deadline: float, expired: Callable[[str], Exception]) -> None:
         self._check = check
         self._deadline = deadline
         self._expired = expired

@@ -72,9 +72,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _read(path: str, file: BinaryIO) -> Header:
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
-        raise ManifestError(
-            f"{path!r}: expected a safetensors file, got something that is not a regular file"
-        )
+        raise ManifestError(f"{path!r}: expected a safetensors file, got something that is not a regular file")
     prefix = file.read(LENGTH_BYTES)
     if len(prefix) < LENGTH_BYTES:
         raise ManifestError(
@@ -147,9 +145,7 @@ def _metadata(path: str, value: object) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise ManifestError(
-            f"{path!r}: {_METADATA_KEY}: expected an object of strings, got {value!r:.200}; {_REMEDY}"
-        )
+        raise ManifestError(f"{path!r}: {_METADATA_KEY}: expected an object of strings, got {value!r:.200}; {_REMEDY}")
     return value
 
 
@@ -163,9 +159,7 @@ def _tensor(path: str, name: str, value: object, data_start: int) -> TensorHeade
     if end - begin != size_bytes:
         expected = f"{size_bytes} bytes for {dtype.value} {list(shape)}"
         _refuse(path, name, "data_offsets", expected, f"{end - begin} bytes")
-    return TensorHeader(
-        name=name, dtype=dtype, shape=shape, offset_bytes=data_start + begin, size_bytes=size_bytes
-    )
+    return TensorHeader(name=name, dtype=dtype, shape=shape, offset_bytes=data_start + begin, size_bytes=size_bytes)
 
 
 def _dtype(path: str, name: str, value: object) -> DType:
@@ -210,11 +204,7 @@ def _check_tiling(path: str, tensors: list[TensorHeader], data_start: int, size_
     position = data_start
     for tensor in tensors:
         if tensor.offset_bytes != position:
-            kind = (
-                "overlaps the tensor before it"
-                if tensor.offset_bytes < position
-                else "leaves a hole before it"
-            )
+            kind = "overlaps the tensor before it" if tensor.offset_bytes < position else "leaves a hole before it"
             expected = f"begin at {position - data_start}"
             got = f"{tensor.offset_bytes - data_start}, which {kind}"
             _refuse(path, tensor.name, "data_offsets", expected, got)
@@ -229,15 +219,9 @@ def _check_tiling(path: str, tensors: list[TensorHeader], data_start: int, size_
                 f"a file of {size_bytes} bytes, which is out of range",
             )
     if position != size_bytes:
-        raise ManifestError(
-            f"{path!r}: expected a file of {position} bytes by its header, got {size_bytes}; {_REMEDY}"
-        )
+        raise ManifestError(f"{path!r}: expected a file of {position} bytes by its header, got {size_bytes}; {_REMEDY}")
 
 
-def _refuse(
-    path: str, name: str, what: str, expected: str, got: object, *, remedy: str = _REMEDY
-) -> NoReturn:
+def _refuse(path: str, name: str, what: str, expected: str, got: object, *, remedy: str = _REMEDY) -> NoReturn:
     text = got if isinstance(got, str) else repr(got)
-    raise ManifestError(
-        f"{path!r}: tensor {name!r:.200}: {what}: expected {expected}, got {text:.200}; {remedy}"
-    )
+    raise ManifestError(f"{path!r}: tensor {name!r:.200}: {what}: expected {expected}, got {text:.200}; {remedy}")

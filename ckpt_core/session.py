@@ -156,9 +156,7 @@ class Session:
             self._hub.allow(self._token)
             self._talk.watches.append(self._fleet.check_attached)
             self._fleet.attach(self._rendezvous)
-            self._hellos = self._talk.admit(
-                wire.RankHello, count, timeout_s=self._config.attach_timeout_s, who="rank"
-            )
+            self._hellos = self._talk.admit(wire.RankHello, count, timeout_s=self._config.attach_timeout_s, who="rank")
             self._hellos = dict(sorted(self._hellos.items(), key=lambda item: _order(item[1])))
             for peer, hello in self._hellos.items():
                 self._talk.introduce(peer, hello.process, self._name(hello))
@@ -187,15 +185,13 @@ class Session:
             rings = self._agents.open_rings(
                 ring_bytes=plan.ring_bytes, receivers=plan.receivers, timeout_s=self._config.attach_timeout_s
             )
-            offers = {
-                peer: self._offer(plan, rings, receiver, manifest) for receiver, peer in enumerate(self._hellos)
-            }
+            offers = {peer: self._offer(plan, rings, receiver, manifest) for receiver, peer in enumerate(self._hellos)}
             agreed = self._talk.ask(offers, wire.PlanAgreed, timeout_s=self._config.attach_timeout_s)
             for peer, reply in agreed.items():
                 if reply.digest != plan.digest:
                     raise PlanError(
-                        f"{self._name(self._hellos[peer])} computed plan digest {reply.digest}, expected {plan.digest}; install the "
-                        "same ckpt-core on both sides"
+                        f"{self._name(self._hellos[peer])} computed plan digest {reply.digest}, expected {plan.digest}; "
+                        "install the same ckpt-core on both sides"
                     )
         return plan
 
@@ -234,9 +230,7 @@ class Session:
             with self._watch.stage(Stage.DETACH):
                 self._release()
             with self._watch.stage(Stage.FLUSH):
-                self._fleet.flush(
-                    accept_stale=self._config.allow_stale_cache, timeout_s=self._config.commit_timeout_s
-                )
+                self._fleet.flush(accept_stale=self._config.allow_stale_cache, timeout_s=self._config.commit_timeout_s)
             with self._watch.stage(Stage.RESUME):
                 self._fleet.resume(self._version)
         except CkptError as error:

@@ -53,9 +53,7 @@ class SourceFile:
         try:
             status = os.stat(real)
         except OSError as error:
-            raise ManifestError(
-                f"{os.fspath(path)!r}: cannot be read ({error.strerror}); check the path"
-            ) from error
+            raise ManifestError(f"{os.fspath(path)!r}: cannot be read ({error.strerror}); check the path") from error
         if not stat.S_ISREG(status.st_mode):
             raise ManifestError(f"{os.fspath(path)!r}: expected a regular file; name a {_SUFFIX} file")
         return cls(
@@ -142,11 +140,7 @@ def _open_directory(directory: Path) -> SourceIndex:
         return _open_indexed(index)
     files = _visible(directory, _SUFFIX)
     if not files:
-        others = [
-            path.name
-            for path in sorted(directory.iterdir())
-            if path.suffix in (".bin", ".pt", ".pth", ".gguf")
-        ]
+        others = [path.name for path in sorted(directory.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".gguf")]
         remedy = f"convert {others[0]} to safetensors" if others else "check the path"
         raise ManifestError(f"{str(directory)!r}: expected *{_SUFFIX} files, got none; {remedy}")
     return _index_files(files)
@@ -165,9 +159,7 @@ def _find_index(directory: Path) -> Path | None:
         return preferred
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise ManifestError(
-            f"{str(directory)!r}: expected one index, got {names}; name the index file to use"
-        )
+        raise ManifestError(f"{str(directory)!r}: expected one index, got {names}; name the index file to use")
     return found[0] if found else None
 
 
@@ -191,13 +183,9 @@ def _read_weight_map(path: Path) -> dict[str, str]:
             raise ManifestError(f"{str(path)!r}: expected an index, got more than {_MAX_INDEX_BYTES} bytes")
         weight_map = parse_json_object(path.read_bytes()).get("weight_map")
     except OSError as error:
-        raise ManifestError(
-            f"{str(path)!r}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
+        raise ManifestError(f"{str(path)!r}: cannot be read ({error.strerror}); check its permissions") from error
     except ValueError as error:
-        raise ManifestError(
-            f"{str(path)!r}: expected a JSON object, got {error}; download or save it again"
-        ) from error
+        raise ManifestError(f"{str(path)!r}: expected a JSON object, got {error}; download or save it again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise ManifestError(
             f"{str(path)!r}: weight_map: expected an object of tensor name to file name, got "

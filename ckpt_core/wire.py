@@ -80,7 +80,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 # -- both ways -------------------------------------------------------------------------------------------------------
-class Failure(Message):
+class Failure(Message, frozen=True, kw_only=True):
     """The sender failed. `error` is the name of the exception class, `phase` what it was doing."""
 
     error: str
@@ -90,24 +90,24 @@ class Failure(Message):
 
 
 # -- controller to everybody -------------------------------------------------------------------------------------------
-class Ping(Message):
+class Ping(Message, frozen=True, kw_only=True):
     """The controller is alive."""
 
 
-class Abort(Message):
+class Abort(Message, frozen=True, kw_only=True):
     """End the update; go back to what can be gone back to."""
 
     cause: str
 
 
 # -- controller to ranks -------------------------------------------------------------------------------------------------
-class AskLayout(Message):
+class AskLayout(Message, frozen=True, kw_only=True):
     """Which slices of this checkpoint do you need?"""
 
     manifest: Manifest
 
 
-class OfferPlan(Message):
+class OfferPlan(Message, frozen=True, kw_only=True):
     """Map the rings, check the plan, and say whether you agree. `receiver` is the rank's index in the plan."""
 
     plan: Plan
@@ -121,11 +121,11 @@ class OfferPlan(Message):
     transfer_timeout_s: float
 
 
-class Begin(Message):
+class Begin(Message, frozen=True, kw_only=True):
     """All ranks agreed: load."""
 
 
-class Commit(Message):
+class Commit(Message, frozen=True, kw_only=True):
     """All ranks verified: these are the weights now."""
 
     version: str
@@ -133,7 +133,7 @@ class Commit(Message):
 
 
 # -- ranks to controller ---------------------------------------------------------------------------------------------------
-class RankHello(Message):
+class RankHello(Message, frozen=True, kw_only=True):
     """First word of a rank."""
 
     endpoint_index: int
@@ -141,57 +141,57 @@ class RankHello(Message):
     process: ProcessInfo
 
 
-class LayoutReply(Message):
+class LayoutReply(Message, frozen=True, kw_only=True):
     """Answer to AskLayout."""
 
     layout: Layout
 
 
-class PlanAgreed(Message):
+class PlanAgreed(Message, frozen=True, kw_only=True):
     """The plan with this digest is safe, and every ring is mapped."""
 
     digest: str
 
 
-class Progress(Message):
+class Progress(Message, frozen=True, kw_only=True):
     """Bytes of the plan that this rank is done with."""
 
     done_bytes: int
 
 
-class Verified(Message):
+class Verified(Message, frozen=True, kw_only=True):
     """Loaded, finished, and proved as far as asked. `fingerprint` digests the live weights ("" where not asked)."""
 
     stats: RankStats
     fingerprint: str
 
 
-class Committed(Message):
+class Committed(Message, frozen=True, kw_only=True):
     """The commit was taken."""
 
 
-class Aborted(Message):
+class Aborted(Message, frozen=True, kw_only=True):
     """The update was undone as far as the engine can."""
 
     outcome: AbortOutcome
 
 
 # -- controller to agents --------------------------------------------------------------------------------------------------
-class Prepare(Message):
+class Prepare(Message, frozen=True, kw_only=True):
     """Map the files of this checkpoint and digest these tensors of it."""
 
     index: SourceIndex
     digest: tuple[str, ...]
 
 
-class OpenRing(Message):
+class OpenRing(Message, frozen=True, kw_only=True):
     """Make a ring for that many receivers."""
 
     ring_bytes: int
     receivers: int
 
 
-class Send(Message):
+class Send(Message, frozen=True, kw_only=True):
     """Send your buckets of this plan, made for this manifest."""
 
     plan: Plan
@@ -199,23 +199,23 @@ class Send(Message):
     timeout_s: float
 
 
-class CloseRing(Message):
+class CloseRing(Message, frozen=True, kw_only=True):
     """The update is over; give the ring back."""
 
 
-class Stop(Message):
+class Stop(Message, frozen=True, kw_only=True):
     """End the process."""
 
 
 # -- agents to controller --------------------------------------------------------------------------------------------------
-class AgentHello(Message):
+class AgentHello(Message, frozen=True, kw_only=True):
     """First word of an agent."""
 
     agent: int
     process: ProcessInfo
 
 
-class Prepared(Message):
+class Prepared(Message, frozen=True, kw_only=True):
     """Answer to Prepare: content digests by tensor name."""
 
     digests: dict[str, str]
@@ -223,19 +223,19 @@ class Prepared(Message):
     size_bytes: int
 
 
-class RingOpened(Message):
+class RingOpened(Message, frozen=True, kw_only=True):
     """Answer to OpenRing."""
 
     offer: RingOffer
 
 
-class Sent(Message):
+class Sent(Message, frozen=True, kw_only=True):
     """Every bucket was published and read."""
 
     stats: AgentStats
 
 
-class RingClosed(Message):
+class RingClosed(Message, frozen=True, kw_only=True):
     """Answer to CloseRing, also where there was none."""
 
 

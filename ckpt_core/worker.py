@@ -53,7 +53,7 @@ def attach(
         rank = info.rank
         with Line(rendezvous.address, rendezvous.token, rendezvous.silence_timeout_s) as line:
             outcome, error = _Attachment(worker, plugin, line, info, rendezvous).run()
-    except Exception as failure:
+    except Exception as failure:  # noqa: BLE001 raising into an engine's RPC may desynchronise it for good
         _log.exception("attach failed on rank %d", rank)
         outcome, error = AbortOutcome.UNTOUCHED.value, f"{type(failure).__name__}: {failure}"
     return AttachResult(rank=rank, outcome=outcome, error=error)
@@ -82,7 +82,7 @@ class _Attachment:
             offer = self._agree_on_plan(manifest)
             self._load(manifest, offer)
             self._commit()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 whatever it is, the rank must be undone
             return self._undo(error).value, f"{type(error).__name__}: {error}"
         finally:
             for reader in self._readers:
@@ -91,9 +91,7 @@ class _Attachment:
 
     def _agree_on_layout(self) -> Manifest:
         self._line.send(
-            wire.RankHello(
-                endpoint_index=self._rendezvous.endpoint_index, rank=self._info, process=process.current()
-            )
+            wire.RankHello(endpoint_index=self._rendezvous.endpoint_index, rank=self._info, process=process.current())
         )
         manifest = self._line.expect(wire.AskLayout).manifest
         self._phase = "layout"
@@ -201,7 +199,7 @@ class _Attachment:
                 raise EngineError(f"ckpt_abort must return an AbortOutcome, got {outcome!r}")
             if outcome is AbortOutcome.UNTOUCHED:
                 self._hook.ckpt_poison(worker=self._worker, cause=None)
-        except Exception:
+        except Exception:  # noqa: BLE001 POISONED is the answer to any failure here
             _log.exception("abort failed; the weights of rank %d are not known to be any checkpoint", self._info.rank)
             return AbortOutcome.POISONED
         return outcome

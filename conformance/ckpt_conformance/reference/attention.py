@@ -44,9 +44,7 @@ class Attention(nn.Module):
             head_dim=config.head_dim,
             bias=config.attention_bias,
         )
-        self.o_proj = RowParallelLinear(
-            context, "o_proj", heads_size, config.hidden_size, bias=config.attention_bias
-        )
+        self.o_proj = RowParallelLinear(context, "o_proj", heads_size, config.hidden_size, bias=config.attention_bias)
         self.heads, self.kv_heads = self.qkv_proj.local_heads, self.qkv_proj.local_kv_heads
         self.q_norm, self.k_norm = (_head_norm(context, config, name) for name in ("q_norm", "k_norm"))
 

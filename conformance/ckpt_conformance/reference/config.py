@@ -62,9 +62,7 @@ class ModelConfig:
             sizes["moe_intermediate_size"] = self.moe.intermediate_size
         for name, size in sizes.items():
             if size % tp_size:
-                raise ConfigError(
-                    f"{name} = {size} is not divisible by --tp {tp_size}; choose a divisor of it"
-                )
+                raise ConfigError(f"{name} = {size} is not divisible by --tp {tp_size}; choose a divisor of it")
         if self.num_kv_heads % tp_size and tp_size % self.num_kv_heads:
             raise ConfigError(
                 f"num_key_value_heads = {self.num_kv_heads} and --tp {tp_size}: one must divide the other; "
@@ -123,9 +121,7 @@ def _parse(raw: Mapping[str, Any], *, dtype: str, eos_token_ids: frozenset[int])
 def _architecture(raw: Mapping[str, Any]) -> str:
     named = raw.get("architectures") or ["none"]
     if named[0] not in _ARCHITECTURES:
-        raise ConfigError(
-            f"architecture {named[0]!r} is not supported; expected one of {', '.join(_ARCHITECTURES)}"
-        )
+        raise ConfigError(f"architecture {named[0]!r} is not supported; expected one of {', '.join(_ARCHITECTURES)}")
     return str(named[0])
 
 
@@ -147,9 +143,7 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
     parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise ConfigError(
-            f"rope type {kind!r} is not supported; expected 'default' (no scaling of positions)"
-        )
+        raise ConfigError(f"rope type {kind!r} is not supported; expected 'default' (no scaling of positions)")
     if float(raw.get("partial_rotary_factor") or parameters.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ConfigError("partial_rotary_factor other than 1.0 is not supported")
     return float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)

@@ -28,9 +28,7 @@ class CacheShape:
 
     def empty(self, tokens: int) -> torch.Tensor:
         """Storage for keys and values: [2, layers, kv_heads, tokens, head_dim]."""
-        return torch.empty(
-            (2, self.layers, self.kv_heads, tokens, self.head_dim), dtype=self.dtype, device=self.device
-        )
+        return torch.empty((2, self.layers, self.kv_heads, tokens, self.head_dim), dtype=self.dtype, device=self.device)
 
 
 class SequenceCache:
@@ -49,10 +47,8 @@ class SequenceCache:
             grown[:, :, :, : self.length] = self._data[:, :, :, : self.length]
             self._data = grown
 
-    def write(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put a layer's new keys and values [kv_heads, t, head_dim] behind the valid ones; return both whole."""
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put a layer's new keys and values [kv_heads, t, head_dim] behind the valid ones; return all."""
         end = self.length + keys.shape[1]
         self._data[0, layer, :, self.length : end] = keys
         self._data[1, layer, :, self.length : end] = values

@@ -105,9 +105,7 @@ class FusedColumnLinear(ShardedLayer):
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         """One weight a part, and its bias."""
         for part in self.parts.values():
-            sizes = {"weight": (part.whole, self.in_size)} | (
-                {"bias": (part.whole,)} if self.has_bias else {}
-            )
+            sizes = {"weight": (part.whole, self.in_size)} | ({"bias": (part.whole,)} if self.has_bias else {})
             for parameter, shape in sizes.items():
                 yield CheckpointTensor(
                     name=f"{part.name}.{parameter}",
@@ -138,13 +136,9 @@ class QkvProjection(FusedColumnLinear):
         self.local_kv_heads = max(1, kv_heads // group.size)
         kv_start = group.rank * kv_heads // group.size * head_dim
         queries, keys = self.local_heads * head_dim, self.local_kv_heads * head_dim
-        query = FusedPart(
-            name="q_proj", whole=heads * head_dim, start=group.rank * queries, offset=0, rows=queries
-        )
+        query = FusedPart(name="q_proj", whole=heads * head_dim, start=group.rank * queries, offset=0, rows=queries)
         key = FusedPart(name="k_proj", whole=kv_heads * head_dim, start=kv_start, offset=queries, rows=keys)
-        value = FusedPart(
-            name="v_proj", whole=kv_heads * head_dim, start=kv_start, offset=queries + keys, rows=keys
-        )
+        value = FusedPart(name="v_proj", whole=kv_heads * head_dim, start=kv_start, offset=queries + keys, rows=keys)
         super().__init__(context, in_size, (query, key, value), bias=bias)
 
 
@@ -163,9 +157,7 @@ class GateUpProjection(FusedColumnLinear):
 class RowParallelLinear(ShardedLayer):
     """Weight [out, in / tp]; the ranks' results are summed. The bias is added once, after the sum."""
 
-    def __init__(
-        self, context: LayerContext, name: str, in_size: int, out_size: int, *, bias: bool = False
-    ) -> None:
+    def __init__(self, context: LayerContext, name: str, in_size: int, out_size: int, *, bias: bool = False) -> None:
         super().__init__(context, quantise=context.quantise)
         self.name, self.shape, self.has_bias = name, (out_size, in_size), bias
         self.columns = context.group.shard(in_size)
@@ -177,9 +169,7 @@ class RowParallelLinear(ShardedLayer):
         """The weight, and the bias."""
         yield CheckpointTensor(name=f"{self.name}.weight", layer=self, parameter="weight", shape=self.shape)
         if self.has_bias:
-            yield CheckpointTensor(
-                name=f"{self.name}.bias", layer=self, parameter="bias", shape=self.shape[:1]
-            )
+            yield CheckpointTensor(name=f"{self.name}.bias", layer=self, parameter="bias", shape=self.shape[:1])
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """This rank's [n, in / tp] to the whole [n, out]."""

@@ -83,7 +83,8 @@ class LoadableLayer(nn.Module):
     """A layer whose parameters are loaded, then perhaps quantised into storage whose addresses never change.
 
     Without quantisation the loadable parameter is the live one. With it, loading makes the full-precision
-    parameter again, and `process_weights_after_loading` writes it into the same int8 storage as before and frees it.
+    parameter again, and `process_weights_after_loading` writes it into the same int8 storage as before and
+    frees it.
     """
 
     def __init__(self, *, dtype: torch.dtype, device: torch.device, quantise: bool = False) -> None:

@@ -81,7 +81,6 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
         token_ids: of a step, in the order of its items.
         digests: of live tensors, by name.
         outcome: of an attach (see contract.AttachResult).
-        store_port: of the first rank's first word: where the other ranks find it.
         state, detail, version: of the worker after the command.
     """
 
@@ -90,7 +89,6 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int] = []
     digests: dict[str, str] = {}
     outcome: str = ""
-    store_port: int = 0
     state: str = ""
     detail: str = ""
     version: str = ""

@@ -63,12 +63,8 @@ class Decoder(nn.Module):
     def __init__(self, context: LayerContext, config: ModelConfig) -> None:
         super().__init__()
         rotary = RotaryTable(config, context.device)
-        self.embed_tokens = VocabParallelEmbedding(
-            context, "embed_tokens", config.vocab_size, config.hidden_size
-        )
-        self.layers = nn.ModuleList(
-            DecoderLayer(context, config, i, rotary) for i in range(config.num_layers)
-        )
+        self.embed_tokens = VocabParallelEmbedding(context, "embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(context, config, i, rotary) for i in range(config.num_layers))
         self.norm = RMSNorm(context, "norm", config.hidden_size, config.rms_norm_eps)
 
     def forward(self, token_ids: torch.Tensor, cache: SequenceCache) -> torch.Tensor:
@@ -181,9 +177,7 @@ class CausalLM(nn.Module):
             for name, spec in layer.specs.items():
                 held = layer._buffers if spec.quantised else layer._parameters
                 keys = (f"{name}_int8", f"{name}_scale") if spec.quantised else (name,)
-                tensors.update(
-                    (f"{prefix}.{key}", value.data) for key in keys if (value := held.get(key)) is not None
-                )
+                tensors.update((f"{prefix}.{key}", value.data) for key in keys if (value := held.get(key)) is not None)
         return tensors
 
     def cache_shape(self) -> CacheShape:

@@ -19,9 +19,7 @@ class TpGroup:
 
     def shard(self, total: int) -> int:
         """Elements of a dimension that one rank holds."""
-        assert total % self.size == 0, (
-            f"{total} is not divisible by {self.size}; ModelConfig.check_tp comes first"
-        )
+        assert total % self.size == 0, f"{total} is not divisible by {self.size}; ModelConfig.check_tp comes first"
         return total // self.size
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
@@ -42,20 +40,25 @@ class TpGroup:
         return torch.cat(parts, dim=-1).to(part.device)
 
 
-def open_store(port: int, *, timeout_s: float) -> TCPStore:
-    """The ranks' rendezvous on loopback, without files: port 0 hosts a new one, any other joins it."""
+def open_store(port: int, *, listen_fd: int, timeout_s: float) -> TCPStore:
+    """The ranks' rendezvous on loopback, without files.
+
+    Args:
+        port: where it listens.
+        listen_fd: the listening socket, for the rank that hosts it; else -1.
+        timeout_s: for the others to come.
+    """
     return TCPStore(
         "127.0.0.1",
         port,
-        is_master=port == 0,
+        is_master=listen_fd >= 0,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listen_fd if listen_fd >= 0 else None,
     )
 
 
 def join_group(store: TCPStore, *, rank: int, size: int, timeout_s: float) -> TpGroup:
     """Form the process group. `timeout_s` is also the deadline of each collective."""
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     return TpGroup(rank=rank, size=size)

@@ -228,5 +228,5 @@ def _status_of(endpoint: Endpoint, answer: Any) -> EndpointStatus:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise EngineUnavailable(
-            f"{endpoint}: GET /status answered {str(answer)[:200]}, not as a reference engine does; check the address"
+            f"{endpoint}: GET /status answered {str(answer)[:200]}, not a reference engine's; check the address"
         ) from error

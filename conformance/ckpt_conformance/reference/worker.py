@@ -107,9 +107,7 @@ class Worker:
         self.poison_cause: str | None = None
         self.mixed_cause: str | None = None
         self.waiting_cause = "no weights have been committed yet" if options.wait_for_weights else None
-        self._touched: Update | None = (
-            None  # the last update that wrote a parameter and is not committed or undone
-        )
+        self._touched: Update | None = None  # the last update that wrote a parameter and is not committed or undone
         self._finished = False
         self._mixed_before: str | None = None
         self._arrived: set[str] = set()
@@ -228,9 +226,7 @@ class Worker:
         """
         wanted = frozenset(tags)
         if not wanted <= set(TAGS):
-            raise EngineStateError(
-                f"unknown tags {sorted(wanted - set(TAGS))}; expected some of {', '.join(TAGS)}"
-            )
+            raise EngineStateError(f"unknown tags {sorted(wanted - set(TAGS))}; expected some of {', '.join(TAGS)}")
         if "weights" in wanted & self.asleep:
             self.model.allocate()
             self.waiting_cause = "weights were dropped by sleep; update them"
@@ -263,13 +259,9 @@ class Worker:
                 f"rank {self.rank} already runs update {self.updating.update_id!r}; wait for its end"
             )
         if "weights" in self.asleep:
-            raise EngineStateError(
-                f"rank {self.rank} is asleep, its weights are gone; wake tag 'weights' first"
-            )
+            raise EngineStateError(f"rank {self.rank} is asleep, its weights are gone; wake tag 'weights' first")
         if not self.paused:
-            raise EngineStateError(
-                f"rank {self.rank} is {self.state.value}, expected paused; pause the engine first"
-            )
+            raise EngineStateError(f"rank {self.rank} is {self.state.value}, expected paused; pause the engine first")
 
     def load(self, update: Update, tensors: Sequence[tuple[str, torch.Tensor]]) -> LoadReport:
         """Load whole checkpoint tensors; all are checked before the first is written.
@@ -300,9 +292,7 @@ class Worker:
         """
         self._check_running(update)
         if lacking := sorted((update.expected & self.model.table.keys()) - self._arrived):
-            raise CoverageError(
-                f"rank {self.rank}: {len(lacking)} expected tensors did not arrive: {lacking[:8]}"
-            )
+            raise CoverageError(f"rank {self.rank}: {len(lacking)} expected tensors did not arrive: {lacking[:8]}")
         self.model.process_weights_after_loading()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -358,9 +348,7 @@ class Worker:
         """
         live = self.live()
         if self.updating is not None or live.keys() != snapshot.keys():
-            raise EngineStateError(
-                f"rank {self.rank} cannot restore while {self.state.value}, or not this snapshot"
-            )
+            raise EngineStateError(f"rank {self.rank} cannot restore while {self.state.value}, or not this snapshot")
         for name, tensor in snapshot.items():
             live[name].tensor.copy_(tensor)
         self._touched, self.mixed_cause = None, None
@@ -372,9 +360,7 @@ class Worker:
         elif self.options.load_format == "auto":
             load_checkpoint(self.model, model_dir)
         else:
-            raise ConfigError(
-                f"load format {self.options.load_format!r} is not known; expected auto or dummy"
-            )
+            raise ConfigError(f"load format {self.options.load_format!r} is not known; expected auto or dummy")
         self.model.process_weights_after_loading()
 
     def _check_running(self, update: Update) -> None:
@@ -387,9 +373,7 @@ class Worker:
 
     def _check_may_serve(self) -> None:
         if self.state is not EndpointState.SERVING:
-            raise EngineStateError(
-                f"rank {self.rank} produces no token, it is {self.state.value}: {self.detail}"
-            )
+            raise EngineStateError(f"rank {self.rank} produces no token, it is {self.state.value}: {self.detail}")
 
     def _next_token(self, item: StepItem) -> int:
         cache = self.kv.start(item.sequence_id, item.token_ids) if item.prefill else None
