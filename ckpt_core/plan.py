@@ -200,7 +200,7 @@ def check_plan(plan: Plan, manifest: Manifest, layouts: Mapping[int, Layout] | N
     """Prove that a plan is safe to follow for this checkpoint.
 
     No byte of a ring is written before it was read, all offsets and indexes are in range, no byte of the
-    checkpoint is sent twice; and for the receivers in `layouts` (by number), all bytes of their slices arrive.
+    checkpoint is sent twice; and for the receivers in `layouts` (by number), their slices arrive whole.
 
     Raises:
         PlanError: it is not; nothing must be sent by it.
