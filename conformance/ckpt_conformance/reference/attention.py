@@ -13,13 +13,13 @@ from ckpt_conformance.reference.layers import LayerContext, QkvProjection, RMSNo
 class RotaryTable:
     """Cosines and sines of all positions [positions, head_dim]: constants of the config, not weights."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         frequencies = 1.0 / (config.rope_theta**exponents)
         angles = torch.outer(torch.arange(config.max_positions).float(), frequencies)
         angles = torch.cat((angles, angles), dim=-1)
-        self.cos = angles.cos().to(device=device, dtype=config.dtype)
-        self.sin = angles.sin().to(device=device, dtype=config.dtype)
+        self.cos = angles.cos().to(device=context.device, dtype=context.dtype)
+        self.sin = angles.sin().to(device=context.device, dtype=context.dtype)
 
     def rotate(self, heads: torch.Tensor, start: int) -> torch.Tensor:
         """Rotate [heads, t, head_dim], whose first token is at position `start`."""

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ckpt_core.dtypes import DType
 from ckpt_core.errors import ConfigError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": DType.BF16, "float32": DType.F32}
 _ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
@@ -45,7 +44,7 @@ class ModelConfig:
     tied: bool
     qk_norm: bool
     attention_bias: bool
-    dtype: torch.dtype
+    dtype: DType
     eos_token_ids: frozenset[int]
     moe: MoeConfig | None = None
 
@@ -162,7 +161,7 @@ def _moe(raw: Mapping[str, Any]) -> MoeConfig:
     )
 
 
-def _dtype(raw: Mapping[str, Any], wanted: str) -> torch.dtype:
+def _dtype(raw: Mapping[str, Any], wanted: str) -> DType:
     name = wanted if wanted != "auto" else str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; expected {' or '.join(DTYPES)} (see --dtype)")

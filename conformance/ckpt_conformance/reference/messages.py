@@ -80,8 +80,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
         refused: the error is a refusal in the present state: nothing was changed and the rank goes on.
         token_ids: of a step, in the order of its items.
         digests: of live tensors, by name.
-        outcome: of an attach (see contract.AttachResult).
-        state, detail, version: of the worker after the command.
+        outcome, attach_error: of an attach (see contract.AttachResult).
+        state, detail, version, asleep: of the worker after the command.
     """
 
     error: str = ""
@@ -89,6 +89,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int] = []
     digests: dict[str, str] = {}
     outcome: str = ""
+    attach_error: str = ""
     state: str = ""
     detail: str = ""
     version: str = ""
+    asleep: list[str] = []

@@ -62,7 +62,7 @@ class Decoder(nn.Module):
 
     def __init__(self, context: LayerContext, config: ModelConfig) -> None:
         super().__init__()
-        rotary = RotaryTable(config, context.device)
+        rotary = RotaryTable(config, context)
         self.embed_tokens = VocabParallelEmbedding(context, "embed_tokens", config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(context, config, i, rotary) for i in range(config.num_layers))
         self.norm = RMSNorm(context, "norm", config.hidden_size, config.rms_norm_eps)
@@ -187,7 +187,7 @@ class CausalLM(nn.Module):
             layers=self.config.num_layers,
             kv_heads=kv_heads,
             head_dim=self.config.head_dim,
-            dtype=self.config.dtype,
+            dtype=self.context.dtype,
             device=self.context.device,
         )
 

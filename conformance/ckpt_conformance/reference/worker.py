@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from ckpt_conformance.reference.kv_cache import KvCache
 from ckpt_conformance.reference.layers import LayerContext
 from ckpt_conformance.reference.messages import StepItem
 from ckpt_conformance.reference.model import CausalLM
+from ckpt_conformance.reference.options import ENGINE_NAME, TAGS, WorkerOptions
 from ckpt_conformance.reference.parallel import TpGroup
 from ckpt_core.contract import (
     AbortOutcome,
@@ -39,31 +39,7 @@ from ckpt_core.errors import ConfigError, CoverageError, EngineStateError
 if TYPE_CHECKING:
     from ckpt_core.plugins import EnginePlugin
 
-ENGINE_NAME = "reference"
-TAGS = ("weights", "kv_cache")
 Snapshot = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerOptions:
-    """How a rank is started.
-
-    Attributes:
-        load_format: "auto" reads the checkpoint, "dummy" makes random weights from the seed.
-        quantise: keep linears as int8.
-        dtype: of weights and activations; "auto" takes the checkpoint's.
-        device: as torch names it.
-        wait_for_weights: produce no token before the first committed update.
-        prefix_blocks: bound of the prefix cache.
-    """
-
-    load_format: str = "auto"
-    quantise: bool = False
-    dtype: str = "auto"
-    device: str = "cpu"
-    seed: int = 0
-    wait_for_weights: bool = False
-    prefix_blocks: int = 512
 
 
 class Worker:
@@ -96,7 +72,8 @@ class Worker:
         self.rank, self.tp_size = group.rank, group.size
         self.device = torch.device(options.device)
         self.instance_id = instance_id or uuid.uuid4().hex
-        context = LayerContext(group=group, dtype=config.dtype, device=self.device, quantise=options.quantise)
+        dtype = getattr(torch, config.dtype.torch_name)
+        context = LayerContext(group=group, dtype=dtype, device=self.device, quantise=options.quantise)
         self.model = CausalLM(config, context)
         self._load_first(Path(model_dir))
         self.kv = KvCache(self.model.cache_shape(), prefix_blocks=options.prefix_blocks)
