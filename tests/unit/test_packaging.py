@@ -108,7 +108,8 @@ def test_the_wheel_has_every_module_and_no_test(wheel: Path, tree: Path) -> None
 
 
 def test_every_folder_with_modules_is_a_package(tree: Path) -> None:
-    folders = {path.parent for package, root in PACKAGE_ROOTS.items() for path in (tree / root / package).rglob("*.py")}
+    roots = [tree / root / package for package, root in PACKAGE_ROOTS.items()]
+    folders = {*roots, *(path.parent for root in roots for path in root.rglob("*.py"))}
     bare = [folder.relative_to(tree).as_posix() for folder in folders if not (folder / "__init__.py").is_file()]
     assert not bare, f"these need an __init__.py: {sorted(bare)}"
 
