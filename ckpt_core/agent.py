@@ -19,7 +19,7 @@ import msgspec
 
 from ckpt_core import process, wire
 from ckpt_core.channel import AbortRequested, Line
-from ckpt_core.device import device_of
+from ckpt_core.devices import device_of
 from ckpt_core.errors import CkptError, PeerLost, TransferTimeout, TransportError
 from ckpt_core.pipeline import send
 from ckpt_core.polling import Poller
@@ -57,7 +57,8 @@ class Agent:
     def __init__(self, config: AgentConfig, line: Line) -> None:
         self._config = config
         self._line = line
-        self._pool: HostPool | None = None
+        self._device = device_of(config.device)
+        self._pool = HostPool(self._device)
         self._writer: IpcRingWriter | None = None
         self._handlers: dict[type[wire.Message], Callable[..., wire.AnyMessage | None]] = {
             wire.Prepare: self._prepare,
@@ -75,7 +76,7 @@ class Agent:
                 self._handle(message)
         finally:
             self._close_ring(None)
-            self._close_pool()
+            self._pool.close()
 
     def _next(self) -> wire.AnyMessage:
         while (message := self._line.poll(_IDLE_POLL_S)) is None:
@@ -98,8 +99,7 @@ class Agent:
             self._line.send(reply)
 
     def _prepare(self, message: wire.Prepare) -> wire.Prepared:
-        self._close_pool()
-        self._pool = HostPool(message.index)
+        locked_bytes, lock_s = self._pool.adopt(message.index)
         start = told = time.perf_counter()
         digests: dict[str, str] = {}
         size = 0
@@ -110,7 +110,9 @@ class Agent:
                 told = time.perf_counter()
                 self._line.send(wire.Progress(done_bytes=size))
                 self._check()
-        return wire.Prepared(digests=digests, seconds=time.perf_counter() - start, size_bytes=size)
+        return wire.Prepared(
+            digests=digests, digest_s=time.perf_counter() - start, locked_bytes=locked_bytes, lock_s=lock_s
+        )
 
     def _open_ring(self, message: wire.OpenRing) -> wire.RingOpened:
         self._close_ring(None)
@@ -118,14 +120,14 @@ class Agent:
             owner=self._config.index,
             receivers=message.receivers,
             ring_bytes=message.ring_bytes,
-            device=device_of(self._config.device),
+            device=self._device,
             directory=Path(self._config.directory),
         )
         return wire.RingOpened(offer=self._writer.offer())
 
     def _send(self, message: wire.Send) -> wire.Sent:
-        if self._pool is None or self._writer is None:
-            raise TransportError("asked to send before a checkpoint was prepared and a ring opened")
+        if self._writer is None:
+            raise TransportError("asked to send before a ring was opened")
         poller = Poller(
             check=self._check,
             deadline=time.monotonic() + message.timeout_s,
@@ -149,11 +151,6 @@ class Agent:
         if writer is not None:
             writer.close()
         return wire.RingClosed()
-
-    def _close_pool(self) -> None:
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close()
 
     def _check(self) -> None:
         _check_parent()

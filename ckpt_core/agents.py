@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ from ckpt_core import wire
 from ckpt_core.agent import AgentConfig
 from ckpt_core.config import child_environment
 from ckpt_core.conversation import Conversation
+from ckpt_core.device import CPU
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
@@ -20,11 +22,27 @@ from ckpt_core.source import SourceIndex
 _STOP_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedPool:
+    """What preparing a checkpoint gave.
+
+    Attributes:
+        digests: content digests by tensor name.
+        digest_s: seconds of the slowest agent in digests.
+        locked_bytes, lock_s: bytes newly page-locked by all agents, and seconds of the slowest.
+    """
+
+    digests: Mapping[str, str]
+    digest_s: float
+    locked_bytes: int
+    lock_s: float
+
+
 class AgentGroup:
     """Agents 0 .. n-1, each a child process of this one.
 
     Args:
-        count: how many.
+        devices: where the ring of each lives: "cpu" or the UUID of a GPU.
         conversation: over which they are asked.
         directory: 0700 directory for their shared memory.
         token: they prove themselves with.
@@ -33,7 +51,7 @@ class AgentGroup:
 
     def __init__(
         self,
-        count: int,
+        devices: Sequence[str],
         *,
         conversation: Conversation,
         directory: Path,
@@ -42,6 +60,7 @@ class AgentGroup:
         log_level: str = "WARNING",
     ) -> None:
         self._conversation = conversation
+        self.devices = tuple(devices)
         self._children = [
             _spawn(
                 AgentConfig(
@@ -49,11 +68,12 @@ class AgentGroup:
                     token=token,
                     index=index,
                     directory=str(directory),
+                    device=device,
                     silence_timeout_s=silence_timeout_s,
                     log_level=log_level,
                 )
             )
-            for index in range(count)
+            for index, device in enumerate(devices)
         ]
         self._peers: list[bytes] = []
 
@@ -80,16 +100,19 @@ class AgentGroup:
         for index, peer in enumerate(self._peers):
             self._conversation.introduce(peer, hellos[peer].process, f"agent {index}")
 
-    def prepare(self, index: SourceIndex, *, timeout_s: float) -> dict[str, str]:
-        """Map the checkpoint in every agent; each digests its share. Content digests by tensor name."""
+    def prepare(self, index: SourceIndex, *, timeout_s: float) -> PreparedPool:
+        """Map the checkpoint in every agent, fit for its device; each digests its share."""
         shares = _shares(index, len(self._peers))
         asks: Mapping[bytes, wire.AnyMessage] = {
             peer: wire.Prepare(index=index, digest=share) for peer, share in zip(self._peers, shares, strict=True)
         }
-        digests: dict[str, str] = {}
-        for reply in self._conversation.ask(asks, wire.Prepared, timeout_s=timeout_s).values():
-            digests |= reply.digests
-        return digests
+        replies = self._conversation.ask(asks, wire.Prepared, timeout_s=timeout_s).values()
+        return PreparedPool(
+            digests={name: digest for reply in replies for name, digest in reply.digests.items()},
+            digest_s=max(reply.digest_s for reply in replies),
+            locked_bytes=sum(reply.locked_bytes for reply in replies),
+            lock_s=max(reply.lock_s for reply in replies),
+        )
 
     def open_rings(self, *, ring_bytes: int, receivers: int, timeout_s: float) -> tuple[wire.RingOffer, ...]:
         """A ring in each agent; offers by agent."""
@@ -128,7 +151,7 @@ def _spawn(config: AgentConfig) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "ckpt_core.agent"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        env=child_environment(),
+        env=child_environment(visible_gpu=None if config.device == CPU else config.device),
     )
     assert child.stdin is not None
     child.stdin.write(msgspec.json.encode(config) + b"\n")

@@ -133,8 +133,8 @@ class Updater:
                 raise
 
     def _running_agents(self) -> AgentGroup:
-        wanted = sum(member.world_size for member in self._fleet.members)
-        if self._agents is not None and (len(self._agents.pids) != wanted or not self._agents.alive):
+        wanted = self._fleet.devices()
+        if self._agents is not None and (self._agents.devices != wanted or not self._agents.alive):
             self._stop_agents()
         if self._agents is None:
             token = secrets.token_hex(16)

@@ -22,10 +22,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from ckpt_core import api, plugins, render
 from ckpt_core.config import MIB, Environment, UpdateConfig, VerifyLevel
 from ckpt_core.contract import EndpointState, PauseMode
+from ckpt_core.cpu import CpuDevice
 from ckpt_core.endpoint import Endpoint, EndpointOptions
 from ckpt_core.errors import CkptError, ConfigError, EngineError, UpdateAborted
 from ckpt_core.layout import whole_layout
-from ckpt_core.manifest import Manifest, content_digest
+from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import Stage
 from ckpt_core.plan import make_plan
 from ckpt_core.source import open_checkpoint
@@ -99,11 +100,12 @@ def inspect(
     index = open_checkpoint(checkpoint)
     manifest = Manifest.from_index(index)
     if digest:
-        pool = HostPool(index)
+        pool = HostPool(CpuDevice())
+        pool.adopt(index)
         with _progress() as on_progress:
             digests, done = {}, 0
             for extent in index.extents:
-                digests[extent.name] = content_digest(pool.tensor(extent.name).data)
+                digests[extent.name] = pool.digest(extent.name)
                 done += extent.size_bytes
                 on_progress(Stage.PREPARE, done, index.size_bytes)
         pool.close()

@@ -104,9 +104,12 @@ class Environment:
         )
 
 
-def child_environment() -> dict[str, str]:
-    """Environment for processes that the project starts: as it is here, with unbuffered output."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+def child_environment(*, visible_gpu: str | None = None) -> dict[str, str]:
+    """Environment for processes that the project starts: as it is here, unbuffered, and with one GPU (by UUID) if named."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if visible_gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible_gpu
+    return environment
 
 
 def _socket_root() -> Path:

@@ -206,6 +206,7 @@ class EndpointStatus:
         device_kind: where its weights are.
         instance_id: see RankInfo; empty where the engine does not tell.
         version: version it serves; empty where it does not know.
+        device_uuids: accelerators of its ranks, by rank; empty on CPU, and where it does not tell before attach.
         detail: one line for people, e.g. why it is not ready.
     """
 
@@ -215,6 +216,7 @@ class EndpointStatus:
     device_kind: DeviceKind
     instance_id: str = ""
     version: str = ""
+    device_uuids: tuple[str, ...] = ()
     detail: str = ""
 
 

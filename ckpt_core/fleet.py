@@ -17,7 +17,9 @@ from typing import Any
 from ckpt_core import plugins
 from ckpt_core.capability import Capability
 from ckpt_core.config import UpdateConfig
-from ckpt_core.contract import EndpointState, EndpointStatus, PauseMode, Rendezvous
+from ckpt_core.contract import DeviceKind, EndpointState, EndpointStatus, PauseMode, Rendezvous
+from ckpt_core.device import CPU
+from ckpt_core.devices import visible_gpus
 from ckpt_core.endpoint import Endpoint
 from ckpt_core.errors import ConfigError, EngineError, EngineStateError, EngineUnavailable
 
@@ -100,6 +102,18 @@ class Fleet:
     def check(self) -> None:
         """Check all members; see `Member.check`."""
         self._each(lambda member: member.check(), self.members)
+
+    def devices(self) -> tuple[str, ...]:
+        """Devices that need an agent: one entry per rank on CPU, one per accelerator else."""
+        found: list[str] = []
+        for member in self.members:
+            assert member.status is not None, "check the fleet first"
+            if member.status.device_kind is DeviceKind.CPU:
+                found += [CPU] * member.status.world_size
+            else:
+                uuids = member.status.device_uuids or visible_gpus()[: member.status.world_size]
+                found += [uuid for uuid in uuids if uuid not in found]
+        return tuple(found)
 
     def check_options(self, config: UpdateConfig) -> None:
         """Raise ConfigError where an option asks for what a member's plugin cannot do."""

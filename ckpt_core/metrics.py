@@ -56,6 +56,7 @@ class UpdateReport:
         transfer_gb_s: checkpoint bytes / 1e9 / seconds from begin to the last rank verified.
         verified: level of verification that every rank passed.
         requests_in_flight: requests that the pause met, where engines tell.
+        digest_s, locked_bytes, lock_s: within PREPARE: digests of the checkpoint, and new page locks of the host pool.
     """
 
     update_id: str
@@ -71,6 +72,9 @@ class UpdateReport:
     ring_bytes: int
     verified: str
     requests_in_flight: int | None
+    digest_s: float
+    locked_bytes: int
+    lock_s: float
     ranks: tuple[RankReport, ...]
     agents: tuple[AgentStats, ...]
 

@@ -139,8 +139,8 @@ class Session:
         with self._watch.stage(Stage.PREPARE):
             bytes_by_agent: dict[str, int] = {}
             self._follow(Stage.PREPARE, self._index.size_bytes, bytes_by_agent)
-            digests = self._agents.prepare(self._index, timeout_s=self._config.prepare_timeout_s)
-            manifest = Manifest.from_index(self._index, digests)
+            self._pool = self._agents.prepare(self._index, timeout_s=self._config.prepare_timeout_s)
+            manifest = Manifest.from_index(self._index, self._pool.digests)
         self._version = self._version or manifest.digest[:12]
         return manifest
 
@@ -356,6 +356,9 @@ class Session:
             ring_bytes=plan.ring_bytes,
             verified=self._config.verify.value,
             requests_in_flight=self._in_flight,
+            digest_s=self._pool.digest_s,
+            locked_bytes=self._pool.locked_bytes,
+            lock_s=self._pool.lock_s,
             ranks=tuple(self._rank_report(peer, manifest) for peer in self._hellos),
             agents=tuple(self._sent[peer].stats for peer in self._agents.peers),
         )

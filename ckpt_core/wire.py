@@ -216,11 +216,12 @@ class AgentHello(Message, frozen=True, kw_only=True):
 
 
 class Prepared(Message, frozen=True, kw_only=True):
-    """Answer to Prepare: content digests by tensor name."""
+    """Answer to Prepare: content digests by tensor name, and what was newly page-locked."""
 
     digests: dict[str, str]
-    seconds: float
-    size_bytes: int
+    digest_s: float
+    locked_bytes: int
+    lock_s: float
 
 
 class RingOpened(Message, frozen=True, kw_only=True):

@@ -110,7 +110,12 @@ class _Attachment:
                 f"rings and makes this rank number {offer.receiver}"
             )
         for ring in offer.rings:
-            reader = IpcRingReader(ring, receiver=offer.receiver, receivers=offer.plan.receivers)
+            reader = IpcRingReader(
+                ring,
+                receiver=offer.receiver,
+                receivers=offer.plan.receivers,
+                device_index=self._info.device_index,
+            )
             self._readers.append(reader)
         self._line.send(wire.PlanAgreed(digest=offer.plan.digest))
         return offer

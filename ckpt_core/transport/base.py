@@ -15,16 +15,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from ckpt_core.device import HostBytes
 from ckpt_core.plan import Step
 from ckpt_core.wire import RingOffer
 
 if TYPE_CHECKING:
     import torch
-
-HostBytes = npt.NDArray[np.uint8]
 
 
 class RingWriter(Protocol):

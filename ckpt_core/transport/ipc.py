@@ -14,11 +14,11 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_core.device import Buffer, Device, MappedBuffer, Mark, device_of
+from ckpt_core.device import Buffer, Device, HostBytes, MappedBuffer, Mark
+from ckpt_core.devices import device_of
 from ckpt_core.errors import TransportError
 from ckpt_core.plan import Step
 from ckpt_core.shm import SharedFile
-from ckpt_core.transport.base import HostBytes
 from ckpt_core.wire import RingOffer
 
 if TYPE_CHECKING:
@@ -128,11 +128,11 @@ class IpcRingWriter:
 class IpcRingReader:
     """A rank's side. See `transport.base.RingReader`."""
 
-    def __init__(self, offer: RingOffer, *, receiver: int, receivers: int) -> None:
+    def __init__(self, offer: RingOffer, *, receiver: int, receivers: int, device_index: int) -> None:
         self._receiver = receiver
         self._sequence = SequenceBlock.open(Path(offer.control_path), receivers)
         try:
-            self._buffer: MappedBuffer = device_of(offer.device).map(offer.handle, offer.size_bytes)
+            self._buffer: MappedBuffer = device_of(offer.device).map(offer.handle, offer.size_bytes, device_index)
         except BaseException:
             self._sequence.close()
             raise

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ckpt_core.device import HostBytes
 from ckpt_core.errors import PeerLost
 from ckpt_core.plan import Step
-from ckpt_core.transport.base import HostBytes
 from ckpt_core.wire import RingOffer
 
 if TYPE_CHECKING:
