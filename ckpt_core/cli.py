@@ -11,6 +11,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -177,13 +178,7 @@ def demo(
     generated: Annotated[bool, typer.Option("--generated", help="Use a generated model, fetch nothing.")] = False,
 ) -> None:
     """Update two running engines with a real small model, to a second version, and back."""
-    try:
-        from ckpt_conformance.demo import run_demo
-    except ImportError as error:
-        raise ConfigError(
-            f"the demo needs more packages ({error}); pip install 'ckpt-core[conformance,demo]'"
-        ) from error
-    run_demo(cache, generated=generated, console=_out)
+    _extension("demo")(cache, generated=generated, console=_out)
 
 
 def main() -> None:
@@ -199,6 +194,17 @@ def main() -> None:
     except CkptError as error:
         _err.print(f"[bold red]{type(error).__name__}:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+
+
+def _extension(name: str) -> Callable[..., None]:
+    """A command that another package brings: the core knows no engine."""
+    try:
+        found: Callable[..., None] = entry_points(group="ckpt_core.commands")[name].load()
+    except (KeyError, ImportError) as error:
+        raise ConfigError(
+            f"`ckpt {name}` needs more packages ({error}); pip install 'ckpt-core[conformance,demo]'"
+        ) from error
+    return found
 
 
 def _targets(engine: str, endpoints: list[str]) -> list[api.Target]:

@@ -22,8 +22,8 @@ def human_bytes(count: float) -> str:
 
 
 def report_tables(report: UpdateReport) -> list[Table]:
-    """Summary, stages, ranks."""
-    return [_summary(report), _stages(report), _ranks(report)]
+    """Summary with stages, and ranks."""
+    return [_summary(report), _ranks(report)]
 
 
 def _summary(report: UpdateReport) -> Table:
@@ -39,39 +39,29 @@ def _summary(report: UpdateReport) -> Table:
         ("verified", report.verified),
     ):
         table.add_row(name, value)
-    return table
-
-
-def _stages(report: UpdateReport) -> Table:
-    table = Table(title="seconds by stage")
-    for stage in report.stages:
-        table.add_column(stage, justify="right")
-    table.add_row(*(f"{seconds:.3f}" for seconds in report.stages.values()))
+    table.add_section()
+    for stage, seconds in report.stages.items():
+        table.add_row(stage, f"{seconds:.3f} s")
     return table
 
 
 def _ranks(report: UpdateReport) -> Table:
-    table = Table(title="ranks")
-    for name in ("endpoint", "rank", "version", "live fingerprint"):
+    table = Table(title="ranks: what they hold, and where their seconds went")
+    for name in ("engine", "rank", "fingerprint"):
         table.add_column(name)
-    for name in ("received", "wait s", "digest s", "load s", "finish s", "fingerprint s"):
+    for name in ("wait", "digest", "load", "finish", "fp."):
         table.add_column(name, justify="right")
+    urls = list(dict.fromkeys(rank.endpoint for rank in report.ranks))
     for rank in report.ranks:
-        seconds = (
-            rank.stats.wait_s,
-            rank.stats.digest_s,
-            rank.stats.load_s,
-            rank.stats.finish_s,
-            rank.stats.fingerprint_s,
-        )
+        stats = rank.stats
+        seconds = (stats.wait_s, stats.digest_s, stats.load_s, stats.finish_s, stats.fingerprint_s)
         table.add_row(
-            rank.endpoint,
+            f"{rank.engine} {urls.index(rank.endpoint)}",
             str(rank.rank),
-            rank.version,
             rank.fingerprint[:16] or "-",
-            human_bytes(rank.stats.received_bytes),
             *(f"{value:.3f}" for value in seconds),
         )
+    table.caption = "\n".join(f"{rank.engine} {i}: {url}" for i, url in enumerate(urls) for rank in report.ranks[:1])
     return table
 
 

@@ -197,17 +197,27 @@ class _Attachment:
 
     def _abort(self, update: Update, error: Exception) -> AbortOutcome:
         cause = f"update {update.update_id} failed in {self._phase}: {type(error).__name__}: {error}"
+        armed = self._arm(cause)
         try:
-            self._hook.ckpt_poison(worker=self._worker, cause=cause)
             outcome = self._hook.ckpt_abort(worker=self._worker, update=update, cause=cause)
             if not isinstance(outcome, AbortOutcome):
                 raise EngineError(f"ckpt_abort must return an AbortOutcome, got {outcome!r}")
             if outcome is AbortOutcome.UNTOUCHED:
                 self._hook.ckpt_poison(worker=self._worker, cause=None)
-        except Exception:  # noqa: BLE001 POISONED is the answer to any failure here
+                return outcome
+        except Exception:
             _log.exception("abort failed; the weights of rank %d are not known to be any checkpoint", self._info.rank)
             return AbortOutcome.POISONED
-        return outcome
+        return outcome if armed else AbortOutcome.POISONED
+
+    def _arm(self, cause: str) -> bool:
+        """Arm the guard. Where that fails, the engine must still be aborted."""
+        try:
+            self._hook.ckpt_poison(worker=self._worker, cause=cause)
+        except Exception:
+            _log.exception("the poison guard of rank %d could not be armed", self._info.rank)
+            return False
+        return True
 
 
 class _Reporter:

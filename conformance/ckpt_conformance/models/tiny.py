@@ -197,7 +197,8 @@ def _mlp_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tup
 
 
 def _random(name: str, size: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+    # torch's CPU generator takes 32 bits of a seed: the name and the number must both be in them
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     values = torch.empty(size, dtype=torch.float32).normal_(generator=generator)
     if len(size) == 1:
         return (1 + 0.1 * values).to(dtype)
