@@ -89,6 +89,7 @@ class Engine:
             device_kind=self._device_kind,
             instance_id=self._pool.options.instance_id,
             version=self.version,
+            device_uuids=self._device_uuids(),
             detail=detail,
         )
 
@@ -199,6 +200,10 @@ class Engine:
             if mode := self._scheduler.pause_mode:
                 return EndpointState.PAUSED, f"pause mode {mode.value}"
             return EndpointState.SERVING, ""
+
+    def _device_uuids(self) -> tuple[str, ...]:
+        on_cpu = self._device_kind is DeviceKind.CPU
+        return () if on_cpu else tuple(reply.device_uuid for reply in self._replies)
 
     def _weights_asleep(self) -> bool:
         return any("weights" in reply.asleep for reply in self._replies)

@@ -81,7 +81,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
         token_ids: of a step, in the order of its items.
         digests: of live tensors, by name.
         outcome, attach_error: of an attach (see contract.AttachResult).
-        state, detail, version, asleep: of the worker after the command.
+        state, detail, version, asleep, device_uuid: of the worker after the command.
     """
 
     error: str = ""
@@ -94,3 +94,4 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
     version: str = ""
     asleep: list[str] = []
+    device_uuid: str = ""

@@ -62,6 +62,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         pipe_fd: inherited socket to the server.
         store_fd: inherited listening socket of the ranks' rendezvous, for rank 0; else -1.
+        exchange_fd: inherited shared memory of the ranks' small collectives; -1 with a single rank.
         store_port: where it listens on loopback; 0 with a single rank.
     """
 
@@ -69,5 +70,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     pipe_fd: int
     store_fd: int
+    exchange_fd: int
     store_port: int
     parent_pid: int

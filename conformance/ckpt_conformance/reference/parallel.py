@@ -1,4 +1,4 @@
-"""Tensor parallel group of a rank: two collectives over gloo, or nothing at all with one rank."""
+"""Tensor parallel group of a rank: two collectives, over shared memory where they are small, else over gloo."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from ckpt_conformance.reference.exchange import Exchange
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TpGroup:
@@ -16,6 +18,7 @@ class TpGroup:
 
     rank: int = 0
     size: int = 1
+    exchange: Exchange | None = None
 
     def shard(self, total: int) -> int:
         """Elements of a dimension that one rank holds."""
@@ -27,7 +30,10 @@ class TpGroup:
         if self.size == 1:
             return partial
         total = partial.to(device="cpu", dtype=torch.float32)
-        dist.all_reduce(total)
+        if self.exchange is not None and self.exchange.fits(total):
+            total = self.exchange.parts(total).sum(dim=0).view(partial.shape)
+        else:
+            dist.all_reduce(total)
         return total.to(device=partial.device, dtype=partial.dtype)
 
     def all_gather(self, part: torch.Tensor) -> torch.Tensor:
@@ -35,8 +41,12 @@ class TpGroup:
         if self.size == 1:
             return part.float()
         mine = part.to(device="cpu", dtype=torch.float32).contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        if self.exchange is not None and self.exchange.fits(mine):
+            shared = self.exchange.parts(mine)
+            parts = [shared[rank].view(mine.shape) for rank in range(self.size)]
+        else:
+            parts = [torch.empty_like(mine) for _ in range(self.size)]
+            dist.all_gather(parts, mine)
         return torch.cat(parts, dim=-1).to(part.device)
 
 
@@ -58,7 +68,7 @@ def open_store(port: int, *, listen_fd: int, timeout_s: float) -> TCPStore:
     )
 
 
-def join_group(store: TCPStore, *, rank: int, size: int, timeout_s: float) -> TpGroup:
+def join_group(store: TCPStore, *, rank: int, size: int, timeout_s: float, exchange: Exchange | None = None) -> TpGroup:
     """Form the process group. `timeout_s` is also the deadline of each collective."""
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
-    return TpGroup(rank=rank, size=size)
+    return TpGroup(rank=rank, size=size, exchange=exchange)

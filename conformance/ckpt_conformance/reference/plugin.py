@@ -62,12 +62,11 @@ def ckpt_engine_info() -> EngineInfo:
 @hookimpl
 def ckpt_identify(worker: Worker) -> RankInfo:
     """Who this rank is."""
-    kind = DeviceKind(worker.device.type)
     return RankInfo(
         instance_id=worker.instance_id,
-        device_kind=kind,
+        device_kind=DeviceKind(worker.device.type),
         device_index=worker.device.index or 0,
-        device_uuid=_device_uuid(worker, kind),
+        device_uuid=worker.device_uuid,
         rank=worker.rank,
         world_size=worker.tp_size,
         tp_rank=worker.rank,
@@ -207,14 +206,6 @@ def ckpt_resume(endpoint: Endpoint, version: str | None) -> None:
     endpoint.request("POST", "/resume", json={"version": version})
 
 
-def _device_uuid(worker: Worker, kind: DeviceKind) -> str:
-    if kind is DeviceKind.CPU:
-        return f"cpu-{worker.instance_id}-{worker.rank}"
-    import torch
-
-    return f"GPU-{torch.cuda.get_device_properties(worker.device).uuid}"
-
-
 def _status_of(endpoint: Endpoint, answer: Any) -> EndpointStatus:
     try:
         return EndpointStatus(
@@ -224,6 +215,7 @@ def _status_of(endpoint: Endpoint, answer: Any) -> EndpointStatus:
             device_kind=DeviceKind(answer["device_kind"]),
             instance_id=answer["instance_id"],
             version=answer["version"],
+            device_uuids=tuple(answer["device_uuids"]),
             detail=answer["detail"],
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ import torch
 import xxhash
 
 from ckpt_conformance.reference import messages
+from ckpt_conformance.reference.exchange import Exchange
 from ckpt_conformance.reference.messages import Command, Reply
 from ckpt_conformance.reference.options import ENGINE_NAME, RankSpec
 from ckpt_conformance.reference.parallel import TpGroup, join_group, open_store
@@ -70,6 +71,7 @@ class RankServer:
             detail=worker.detail,
             version=worker.version,
             asleep=sorted(worker.asleep),
+            device_uuid=worker.device_uuid,
         )
         return msgspec.structs.replace(state, **fields)
 
@@ -123,7 +125,9 @@ def _join(spec: RankSpec) -> TpGroup:
     if size == 1:
         return TpGroup()
     store = open_store(spec.store_port, listen_fd=spec.store_fd, timeout_s=timeout_s)
-    return join_group(store, rank=spec.rank, size=size, timeout_s=timeout_s)
+    exchange = Exchange(spec.exchange_fd, rank=spec.rank, size=size, timeout_s=timeout_s)
+    os.close(spec.exchange_fd)  # mapped now
+    return join_group(store, rank=spec.rank, size=size, timeout_s=timeout_s, exchange=exchange)
 
 
 def _die_with_parent(parent_pid: int) -> None:

@@ -33,9 +33,13 @@ class RankPool:
         self._pipes: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         with ExitStack() as stack:
-            listener = stack.enter_context(_loopback_listener()) if options.tp_size > 1 else None
+            listener, exchange_fd = None, -1
+            if options.tp_size > 1:
+                listener = stack.enter_context(_loopback_listener())
+                exchange_fd = os.memfd_create("tp-exchange")
+                stack.callback(os.close, exchange_fd)
             for rank in range(options.tp_size):
-                self._spawn(rank, listener)
+                self._spawn(rank, listener, exchange_fd)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -100,7 +104,7 @@ class RankPool:
         for process in self._processes:
             process.wait(_EXIT_TIMEOUT_S)
 
-    def _spawn(self, rank: int, listener: socket.socket | None) -> None:
+    def _spawn(self, rank: int, listener: socket.socket | None, exchange_fd: int) -> None:
         ours, theirs = socket.socketpair()
         store_fd = listener.fileno() if listener is not None and rank == 0 else -1
         options = self.options
@@ -109,6 +113,7 @@ class RankPool:
             rank=rank,
             pipe_fd=theirs.fileno(),
             store_fd=store_fd,
+            exchange_fd=exchange_fd,
             store_port=listener.getsockname()[1] if listener is not None else 0,
             parent_pid=os.getpid(),
         )
@@ -118,7 +123,7 @@ class RankPool:
         with theirs:
             process = subprocess.Popen(
                 [*command, msgspec.json.encode(spec).decode()],
-                pass_fds=[fd for fd in (theirs.fileno(), store_fd) if fd >= 0],
+                pass_fds=[fd for fd in (theirs.fileno(), exchange_fd, store_fd) if fd >= 0],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=environment,

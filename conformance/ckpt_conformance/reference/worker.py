@@ -114,6 +114,13 @@ class Worker:
             return f"asleep: {', '.join(sorted(self.asleep))}"
         return self.waiting_cause or ("paused" if self.paused else "")
 
+    @property
+    def device_uuid(self) -> str:
+        """Hardware UUID of the accelerator; on CPU one that no other rank has."""
+        if self.device.type == "cpu":
+            return f"cpu-{self.instance_id}-{self.rank}"
+        return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+
     def status(self) -> EndpointStatus:
         """As `ckpt_ready` returns it, for a worker that is an engine by itself."""
         return EndpointStatus(
@@ -123,6 +130,7 @@ class Worker:
             device_kind=DeviceKind(self.device.type),
             instance_id=self.instance_id,
             version=self.version,
+            device_uuids=() if self.device.type == "cpu" else (self.device_uuid,),
             detail=self.detail,
         )
 
