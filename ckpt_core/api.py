@@ -42,11 +42,13 @@ class Target:
         engine: name of its plugin.
         url: base URL of its server; any unique label where `handle` is given.
         handle: the engine object, for an engine in this process.
+        plugin: the plugin itself, where it is not installed under that name.
     """
 
     engine: str
     url: str
     handle: Any = None
+    plugin: plugins.EnginePlugin | None = None
 
 
 class Updater:
@@ -183,7 +185,7 @@ def update(
 
 def _member(target: Target, options: EndpointOptions) -> Member:
     endpoint = Endpoint(url=target.url.rstrip("/"), engine=target.engine, options=options, handle=target.handle)
-    return Member(endpoint=endpoint, plugin=plugins.load(target.engine))
+    return Member(endpoint=endpoint, plugin=target.plugin or plugins.load(target.engine))
 
 
 def _ignore(_stage: Stage, _done: int, _total: int) -> None:

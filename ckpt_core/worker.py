@@ -205,7 +205,7 @@ class _Attachment:
             if outcome is AbortOutcome.UNTOUCHED:
                 self._hook.ckpt_poison(worker=self._worker, cause=None)
                 return outcome
-        except Exception:
+        except Exception:  # noqa: BLE001 POISONED is the answer to any failure here
             _log.exception("abort failed; the weights of rank %d are not known to be any checkpoint", self._info.rank)
             return AbortOutcome.POISONED
         return outcome if armed else AbortOutcome.POISONED
@@ -214,7 +214,7 @@ class _Attachment:
         """Arm the guard. Where that fails, the engine must still be aborted."""
         try:
             self._hook.ckpt_poison(worker=self._worker, cause=cause)
-        except Exception:
+        except Exception:  # noqa: BLE001 POISONED is the answer to that, below
             _log.exception("the poison guard of rank %d could not be armed", self._info.rank)
             return False
         return True

@@ -1,0 +1,74 @@
+"""Shapes of real models, in Hugging Face names, and which dimension tensor parallelism splits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+COLUMN, ROW, REPLICATED = 0, 1, None
+ITEMSIZE = 2  # BF16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One tensor: `dim` is the one that tensor parallelism splits, None where every rank holds all."""
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int | None
+
+    @property
+    def size_bytes(self) -> int:
+        """In BF16."""
+        return math.prod(self.shape) * ITEMSIZE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The numbers of a config.json that decide the shapes; `experts` 0 for a dense model."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    experts: int = 0
+
+    def tensors(self, layers: int) -> Iterator[Shape]:
+        """All tensors, in model order."""
+        yield Shape(name="model.embed_tokens.weight", shape=(self.vocab, self.hidden), dim=COLUMN)
+        for layer in range(layers):
+            yield from self._layer(f"model.layers.{layer}.")
+        yield Shape(name="model.norm.weight", shape=(self.hidden,), dim=REPLICATED)
+        yield Shape(name="lm_head.weight", shape=(self.vocab, self.hidden), dim=COLUMN)
+
+    def _layer(self, prefix: str) -> Iterator[Shape]:
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = prefix + "self_attn."
+        yield Shape(name=attention + "q_proj.weight", shape=(queries, self.hidden), dim=COLUMN)
+        yield Shape(name=attention + "k_proj.weight", shape=(keys, self.hidden), dim=COLUMN)
+        yield Shape(name=attention + "v_proj.weight", shape=(keys, self.hidden), dim=COLUMN)
+        yield Shape(name=attention + "o_proj.weight", shape=(self.hidden, queries), dim=ROW)
+        if self.experts:
+            yield Shape(name=prefix + "mlp.gate.weight", shape=(self.experts, self.hidden), dim=REPLICATED)
+        for mlp in [f"mlp.experts.{e}." for e in range(self.experts)] or ["mlp."]:
+            yield Shape(name=prefix + mlp + "gate_proj.weight", shape=(self.intermediate, self.hidden), dim=COLUMN)
+            yield Shape(name=prefix + mlp + "up_proj.weight", shape=(self.intermediate, self.hidden), dim=COLUMN)
+            yield Shape(name=prefix + mlp + "down_proj.weight", shape=(self.hidden, self.intermediate), dim=ROW)
+        yield Shape(name=prefix + "input_layernorm.weight", shape=(self.hidden,), dim=REPLICATED)
+        yield Shape(name=prefix + "post_attention_layernorm.weight", shape=(self.hidden,), dim=REPLICATED)
+
+
+def _fixed(decoder: Decoder) -> Callable[[int], list[Shape]]:
+    return lambda layers: list(decoder.tensors(layers))
+
+
+MODELS: dict[str, Callable[[int], list[Shape]]] = {
+    "qwen3-32b": _fixed(Decoder(hidden=5120, intermediate=25600, heads=64, kv_heads=8, head_dim=128, vocab=151936)),
+    "qwen3-30b-a3b": _fixed(
+        Decoder(hidden=2048, intermediate=768, heads=32, kv_heads=4, head_dim=128, vocab=151936, experts=128)
+    ),
+    "tiny": _fixed(Decoder(hidden=256, intermediate=512, heads=8, kv_heads=2, head_dim=32, vocab=1024)),
+}
