@@ -76,6 +76,13 @@ def test_only_needed_rows_are_sent_and_at_full_width():
     assert [piece.box for piece in bucket.pieces] == [rows(2, 9, 8), rows(30, 35, 8)]
 
 
+def test_rows_that_touch_travel_together():
+    given = manifest({"a": (40, 8)})
+    halves = [layout(LayoutEntry(tensor="a", cut=True, box=rows(at, at + 20, 8))) for at in (20, 0)]
+    (bucket,) = make_buckets(given, halves, bucket_bytes=4096)
+    assert [piece.box for piece in bucket.pieces] == [None]
+
+
 def test_a_row_larger_than_a_piece_is_cut_inside():
     given = manifest({"experts": (2, 8, 512)})
     buckets = make_buckets(given, [layout(LayoutEntry(tensor="experts", cut=True))], bucket_bytes=4096)
@@ -114,7 +121,8 @@ def test_a_group_named_by_one_rank_holds_for_all():
     given = manifest({"a": (1,), "b": (1,), "z": (1,)})
     first = layout(*(LayoutEntry(tensor=name) for name in "abz"))
     second = layout(LayoutEntry(tensor="a", group="g"), LayoutEntry(tensor="z", group="g"))
-    (names,) = contents(given, make_buckets(given, [first, second], bucket_bytes=4096))
+    third = layout(LayoutEntry(tensor="a", group="zz"), LayoutEntry(tensor="z"))
+    (names,) = contents(given, make_buckets(given, [first, second, third], bucket_bytes=4096))
     assert names == ["b", "a", "z"]
 
 

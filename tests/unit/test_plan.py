@@ -78,7 +78,8 @@ def test_last_writers_remember_what_lies_behind_a_gap():
     assert ring.overwrite(52, 95, 5) == 4
     assert ring.overwrite(7, 7, 6) == 0
     assert ring.overwrite(10, 20, 7) == 3
-    assert ring.overwrite(0, 100, 8) == 7
+    assert ring.overwrite(0, 5, 8) == 3
+    assert ring.overwrite(0, 100, 9) == 8
 
 
 # -- receivers ---------------------------------------------------------------------------------------------------

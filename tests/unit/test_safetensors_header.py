@@ -50,6 +50,12 @@ def test_no_tensors_and_padding_are_fine(tmp_path):
     assert header.metadata == {}
 
 
+def test_an_empty_tensor_may_lie_where_another_begins(tmp_path):
+    fields = {"a": entry(), "empty": entry(shape=(0,), offsets=(0, 0))}
+    header = read_header(write(tmp_path / "a", fields, b"aa"))
+    assert [tensor.name for tensor in header.tensors] == ["empty", "a"]
+
+
 def test_tensors_come_in_file_order(tmp_path):
     fields = {"a": entry(offsets=(2, 4)), "z": entry(offsets=(0, 2))}
     header = read_header(write(tmp_path / "a", fields, b"zzaa"))
@@ -70,6 +76,7 @@ def test_tensors_come_in_file_order(tmp_path):
         ({"a": entry(shape=(2**40, 2**40))}, b"ab", "shape: expected at most"),
         ({"a": entry(shape=(2**40, 2**40, 0), offsets=(0, 0))}, b"", "shape: expected at most"),
         ({"a": entry(shape=(2**70, 0), offsets=(0, 0))}, b"", "shape: expected at most"),
+        ({"a": entry(shape=(0, 2**70), offsets=(0, 0))}, b"", "shape: expected at most"),
         ({"a": {"dtype": "U8", "shape": [2]}}, b"ab", "data_offsets: expected [begin, end]"),
         ({"a": entry(offsets=(2, 0))}, b"ab", "data_offsets: expected [begin, end]"),
         ({"a": entry(offsets=(-2, 0))}, b"ab", "data_offsets: expected [begin, end]"),

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from ckpt_core import source
 from ckpt_core.dtypes import DType
 from ckpt_core.errors import CapacityError, ConfigError, ManifestError
+from ckpt_core.safetensors_header import read_header
 from ckpt_core.source import Extent, SourceFile, open_checkpoint, stage_tensors
 
 
@@ -156,6 +158,19 @@ def test_a_changed_file_is_noticed(tmp_path):
     path.unlink()
     with pytest.raises(ManifestError, match="No such file"):
         index.check()
+
+
+def test_a_file_that_changes_while_it_is_opened_is_noticed(tmp_path, monkeypatch):
+    path = save(tmp_path / "1.safetensors", "a")
+
+    def read_and_write(path):
+        header = read_header(path)
+        os.utime(path, ns=(0, 0))
+        return header
+
+    monkeypatch.setattr(source, "read_header", read_and_write)
+    with pytest.raises(ManifestError, match="changed since it was opened"):
+        open_checkpoint(path)
 
 
 def test_a_file_replaced_by_an_equal_one_is_noticed(tmp_path):
