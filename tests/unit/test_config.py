@@ -1,0 +1,119 @@
+"""Options are checked before anything starts; the environment is read in one place."""
+
+import dataclasses
+import math
+
+import pytest
+
+from ckpt_core.config import Environment, UpdateConfig, child_environment
+from ckpt_core.contract import PauseMode
+from ckpt_core.errors import ConfigError
+
+TIMEOUTS = [field.name for field in dataclasses.fields(UpdateConfig) if field.name.endswith("_timeout_s")]
+
+
+def test_the_defaults_are_valid():
+    config = UpdateConfig()
+    assert config.bucket_bytes <= config.ring_bytes
+    assert len(TIMEOUTS) == 6
+
+
+@pytest.mark.parametrize("name", TIMEOUTS)
+@pytest.mark.parametrize("value", [0, -1.0, math.nan])
+def test_every_deadline_is_positive(name, value):
+    with pytest.raises(ConfigError, match=f"{name} must be positive"):
+        UpdateConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["ring_bytes", "bucket_bytes"])
+@pytest.mark.parametrize("value", [0, -4])
+def test_sizes_are_positive(name, value):
+    with pytest.raises(ConfigError, match=f"{name} must be positive, got {value}"):
+        UpdateConfig(**{name: value})
+
+
+def test_a_bucket_fits_into_the_ring():
+    with pytest.raises(ConfigError, match="bucket_bytes 2048 does not fit into ring_bytes 1024"):
+        UpdateConfig(ring_bytes=1024, bucket_bytes=2048)
+    UpdateConfig(ring_bytes=1024, bucket_bytes=1024)
+
+
+@pytest.mark.parametrize("mode", PauseMode)
+def test_a_stale_cache_must_be_accepted(mode):
+    if mode in (PauseMode.KEEP, PauseMode.IN_PLACE):
+        with pytest.raises(ConfigError, match="--allow-stale-cache"):
+            UpdateConfig(pause_mode=mode)
+    else:
+        UpdateConfig(pause_mode=mode)
+    UpdateConfig(pause_mode=mode, allow_stale_cache=True)
+
+
+# -- environment -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def clean(monkeypatch):
+    for name in ("CKPT_SOCKET_DIR", "CKPT_SHM_DIR", "CKPT_LOG_LEVEL", "CKPT_BEARER_TOKEN", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_an_empty_environment_has_defaults(clean):
+    read = Environment.read()
+    assert read.socket_root.is_dir()
+    assert str(read.memory_root) == "/dev/shm"  # noqa: S108
+    assert (read.log_level, read.bearer_token) == ("WARNING", "")
+
+
+def test_variables_are_taken(clean, tmp_path):
+    (tmp_path / "s").mkdir()
+    for name, value in (
+        ("CKPT_SOCKET_DIR", tmp_path / "s"),
+        ("CKPT_SHM_DIR", tmp_path),
+        ("CKPT_LOG_LEVEL", "info"),
+        ("CKPT_BEARER_TOKEN", "hush"),
+    ):
+        clean.setenv(name, str(value))
+    read = Environment.read()
+    assert (read.socket_root, read.memory_root, read.log_level, read.bearer_token) == (
+        tmp_path / "s",
+        tmp_path,
+        "INFO",
+        "hush",
+    )
+    assert "hush" not in repr(read)
+
+
+def test_the_runtime_directory_is_used_where_it_can_be(clean, tmp_path):
+    clean.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
+    assert Environment.read().socket_root != tmp_path / "none"
+    clean.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert Environment.read().socket_root == tmp_path
+
+
+@pytest.mark.parametrize("name", ["CKPT_SOCKET_DIR", "CKPT_SHM_DIR"])
+def test_a_directory_that_is_none_is_refused(clean, tmp_path, name):
+    clean.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=f"{name}=.*none is not a directory"):
+        Environment.read()
+
+
+def test_a_socket_path_must_be_short(clean, tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    clean.setenv("CKPT_SOCKET_DIR", str(long))
+    with pytest.raises(ConfigError, match="longer than 90 bytes"):
+        Environment.read()
+    clean.delenv("CKPT_SOCKET_DIR")
+    clean.setenv("XDG_RUNTIME_DIR", str(long))
+    assert Environment.read().socket_root != long
+
+
+def test_a_log_level_that_is_none_is_refused(clean):
+    clean.setenv("CKPT_LOG_LEVEL", "loud")
+    with pytest.raises(ConfigError, match="CKPT_LOG_LEVEL"):
+        Environment.read()
+
+
+def test_children_inherit_and_do_not_buffer(clean):
+    clean.setenv("SOMETHING", "else")
+    child = child_environment()
+    assert (child["SOMETHING"], child["PYTHONUNBUFFERED"]) == ("else", "1")
