@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -250,13 +250,9 @@ def seeded_values(layer: LoadableLayer, prefix: str, *, seed: int, rank: int) ->
 
     One-dimensional and replicated parameters get the same values on every rank.
     """
-    import zlib
-
     for name, spec in layer.specs.items():
-        replicated: Any = spec.loader is copy_whole
-        generator = torch.Generator().manual_seed(
-            zlib.crc32(f"{prefix}.{name}".encode()) + (seed << 32) + (0 if replicated else rank + 1) * 7919
-        )
+        owner = "all" if spec.loader is copy_whole else str(rank)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{owner}:{prefix}.{name}".encode()))
         data = layer.tensor(name).data
         if len(spec.shape) == 1:
             data.copy_(torch.empty(spec.shape).uniform_(0.9, 1.1, generator=generator))
