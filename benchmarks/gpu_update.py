@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -222,7 +223,7 @@ def main() -> None:
     parser.add_argument("--all-visible", action="store_true", help="also with all GPUs visible to every rank")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--world", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--directory", type=Path, default=Path("/tmp"), help="where checkpoints are generated")
+    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints are generated")
     parser.add_argument("--peer", type=Path, help="benchmark script of the peer")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -41,7 +41,6 @@ from ckpt_core.plugins import EnginePlugin
 
 if TYPE_CHECKING:
     import torch
-
     from shapes import Shape
 
 ENGINE = "mock"
@@ -317,7 +316,7 @@ def _rank_main(options: MockOptions, rank: int, visible: str, pipe: Connection) 
             sys.exit(0)
         try:
             pipe.send((True, COMMANDS[name](worker, own, *args)))
-        except Exception:
+        except Exception:  # noqa: BLE001 the control side raises it
             pipe.send((False, traceback.format_exc()))
 
 

@@ -21,7 +21,7 @@ from ckpt_core import process, wire
 from ckpt_core.channel import AbortRequested, Line
 from ckpt_core.devices import device_of
 from ckpt_core.errors import CkptError, PeerLost, TransferTimeout, TransportError
-from ckpt_core.pipeline import send
+from ckpt_core.pipeline import Outgoing, send
 from ckpt_core.polling import Poller
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.ipc import IpcRingWriter
@@ -36,7 +36,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         address, token: of the controller's hub.
-        index: which agent of the group this is.
+        index, count: which agent of the group this is, and of how many.
         directory: 0700 directory for its shared memory.
         device: where its ring lives.
         silence_timeout_s: it ends when it hears nothing for that long.
@@ -45,6 +45,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     token: str
     index: int
+    count: int
     directory: str
     device: str = "cpu"
     silence_timeout_s: float = 20.0
@@ -58,8 +59,9 @@ class Agent:
         self._config = config
         self._line = line
         self._device = device_of(config.device)
-        self._pool = HostPool(self._device)
+        self._pool = HostPool(self._device, turn=config.index / config.count)
         self._writer: IpcRingWriter | None = None
+        self._outgoing: Outgoing | None = None
         self._handlers: dict[type[wire.Message], Callable[..., wire.AnyMessage | None]] = {
             wire.Prepare: self._prepare,
             wire.OpenRing: self._open_ring,
@@ -116,17 +118,18 @@ class Agent:
 
     def _open_ring(self, message: wire.OpenRing) -> wire.RingOpened:
         self._close_ring(None)
+        self._outgoing = Outgoing.of(message.plan, self._config.index, self._pool, message.manifest)
         self._writer = IpcRingWriter(
             owner=self._config.index,
-            receivers=message.receivers,
-            ring_bytes=message.ring_bytes,
+            receivers=message.plan.receivers,
+            ring_bytes=message.plan.ring_bytes,
             device=self._device,
             directory=Path(self._config.directory),
         )
         return wire.RingOpened(offer=self._writer.offer())
 
     def _send(self, message: wire.Send) -> wire.Sent:
-        if self._writer is None:
+        if self._writer is None or self._outgoing is None:
             raise TransportError("asked to send before a ring was opened")
         poller = Poller(
             check=self._check,
@@ -135,18 +138,12 @@ class Agent:
                 f"agent {self._config.index} waited {message.timeout_s:g} s for {what}"
             ),
         )
-        stats = send(
-            message.plan,
-            self._config.index,
-            pool=self._pool,
-            manifest=message.manifest,
-            writer=self._writer,
-            poller=poller,
-        )
+        stats = send(self._outgoing, writer=self._writer, poller=poller)
         self._pool.check_unchanged()
         return wire.Sent(stats=stats)
 
     def _close_ring(self, _message: object) -> wire.RingClosed:
+        self._outgoing = None
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()

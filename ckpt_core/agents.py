@@ -67,6 +67,7 @@ class AgentGroup:
                     address=conversation.address,
                     token=token,
                     index=index,
+                    count=len(devices),
                     directory=str(directory),
                     device=device,
                     silence_timeout_s=silence_timeout_s,
@@ -114,16 +115,16 @@ class AgentGroup:
             lock_s=max(reply.lock_s for reply in replies),
         )
 
-    def open_rings(self, *, ring_bytes: int, receivers: int, timeout_s: float) -> tuple[wire.RingOffer, ...]:
+    def open_rings(self, plan: Plan, manifest: Manifest, *, timeout_s: float) -> tuple[wire.RingOffer, ...]:
         """A ring in each agent; offers by agent."""
-        ask = wire.OpenRing(ring_bytes=ring_bytes, receivers=receivers)
+        ask = wire.OpenRing(plan=plan, manifest=manifest)
         replies = self._conversation.ask(dict.fromkeys(self._peers, ask), wire.RingOpened, timeout_s=timeout_s)
         return tuple(replies[peer].offer for peer in self._peers)
 
-    def start_sending(self, plan: Plan, manifest: Manifest, *, timeout_s: float) -> None:
+    def start_sending(self, *, timeout_s: float) -> None:
         """Let all send; each answers Sent when its last bucket was read."""
         for peer in self._peers:
-            self._conversation.tell(peer, wire.Send(plan=plan, manifest=manifest, timeout_s=timeout_s))
+            self._conversation.tell(peer, wire.Send(timeout_s=timeout_s))
 
     def close_rings(self, *, timeout_s: float) -> None:
         """Give ring memory back in every agent, also in the middle of a transfer."""

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ckpt_core.bucket import Piece
 from ckpt_core.contract import LoadBucket, LoadReport, LoadTensor, Update
+from ckpt_core.dtypes import DType
 from ckpt_core.errors import CoverageError
-from ckpt_core.manifest import Manifest
-from ckpt_core.plan import Step
+from ckpt_core.layout import Box, Layout
+from ckpt_core.manifest import Manifest, TensorMeta
+from ckpt_core.plan import Plan, Step
 from ckpt_core.plugins import EnginePlugin
 from ckpt_core.transport.base import RingReader
 from ckpt_core.verify import ArrivalDigest
 
 if TYPE_CHECKING:
     import torch
+
+
+class Incoming:
+    """What one rank takes out of each bucket, looked up before the clock runs: of a bucket that it shares with other ranks,
+    only the pieces that touch its own layout.
+    """
+
+    def __init__(self, plan: Plan, receiver: int, manifest: Manifest, layout: Layout) -> None:
+        boxes: dict[int, list[Box | None]] = {}
+        for entry in layout.entries:
+            boxes.setdefault(manifest.index_of(entry.tensor), []).append(entry.box)
+        self._pieces = {
+            step.index: tuple(
+                (piece, manifest.tensors[piece.tensor])
+                for piece in step.bucket.pieces
+                if _touches(piece, boxes.get(piece.tensor, []))
+            )
+            for step in plan.steps
+            if receiver in step.receivers
+        }
+        self.names = frozenset(meta.name for pieces in self._pieces.values() for _, meta in pieces)
+
+    def of(self, step: Step) -> tuple[tuple[Piece, TensorMeta], ...]:
+        """Pieces of a step's bucket that the rank takes."""
+        return self._pieces[step.index]
+
+
+def _touches(piece: Piece, boxes: list[Box | None]) -> bool:
+    return any(box is None or piece.box is None or not box.disjoint(piece.box) for box in boxes)
 
 
 class Applier:
@@ -27,11 +59,11 @@ class Applier:
         ignored: names the engine had no use for.
     """
 
-    def __init__(self, plugin: EnginePlugin, worker: Any, update: Update, manifest: Manifest, *, digest: bool) -> None:
+    def __init__(self, plugin: EnginePlugin, worker: Any, update: Update, incoming: Incoming, *, digest: bool) -> None:
         self._plugin = plugin
         self._worker = worker
         self._update = update
-        self._manifest = manifest
+        self._incoming = incoming
         self._arrival = ArrivalDigest() if digest else None
         self.received_bytes = 0
         self.retained_bytes = 0
@@ -51,33 +83,19 @@ class Applier:
             VerificationError: a digest differs.
             CoverageError: the plugin did not account for every tensor of the bucket.
         """
-        raw = [
-            reader.view(step.ring_offset_bytes + piece.offset_bytes, piece.size_bytes) for piece in step.bucket.pieces
-        ]
-        self.digest_s += _timed(lambda: self._digest(step, raw))
-        bucket = LoadBucket(index=step.index, tensors=self._tensors(step, raw))
+        pieces = self._incoming.of(step)
+        raw = [reader.view(step.ring_offset_bytes + piece.offset_bytes, piece.size_bytes) for piece, _ in pieces]
+        if self._arrival is not None:
+            start = time.perf_counter()
+            for (_, meta), data in zip(pieces, raw, strict=True):
+                self._arrival.add(meta, data)
+            self.digest_s += time.perf_counter() - start
+        bucket = LoadBucket(index=step.index, tensors=tuple(map(_load_tensor, pieces, raw)))
         start = time.perf_counter()
         report = self._plugin.hook.ckpt_load(worker=self._worker, update=self._update, bucket=bucket)
         self.load_s += time.perf_counter() - start
         self._account(bucket, report)
-        self.received_bytes += step.bucket.size_bytes
-
-    def _digest(self, step: Step, raw: list[torch.Tensor]) -> None:
-        if self._arrival is None:
-            return
-        for piece, data in zip(step.bucket.pieces, raw, strict=True):
-            self._arrival.add(self._manifest.tensors[piece.tensor], data)
-
-    def _tensors(self, step: Step, raw: list[torch.Tensor]) -> tuple[LoadTensor, ...]:
-        import torch
-
-        result = []
-        for piece, data in zip(step.bucket.pieces, raw, strict=True):
-            meta = self._manifest.tensors[piece.tensor]
-            shape = meta.shape if piece.box is None else piece.box.shape
-            tensor = data.view(getattr(torch, meta.dtype.torch_name)).view(shape)
-            result.append(LoadTensor(name=meta.name, tensor=tensor, box=piece.box))
-        return tuple(result)
+        self.received_bytes += sum(piece.size_bytes for piece, _ in pieces)
 
     def _account(self, bucket: LoadBucket, report: LoadReport) -> None:
         if not isinstance(report, LoadReport):
@@ -93,7 +111,15 @@ class Applier:
         self.retained_bytes = max(self.retained_bytes, report.retained_bytes)
 
 
-def _timed(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _load_tensor(arrived: tuple[Piece, TensorMeta], data: torch.Tensor) -> LoadTensor:
+    piece, meta = arrived
+    shape = meta.shape if piece.box is None else piece.box.shape
+    return LoadTensor(name=meta.name, tensor=data.view(_torch_dtype(meta.dtype)).view(shape), box=piece.box)
+
+
+@functools.cache
+def _torch_dtype(dtype: DType) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, dtype.torch_name)
+    return found

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from ckpt_core.device import HostBytes
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan, Step
 from ckpt_core.polling import Poller
@@ -16,32 +18,47 @@ from ckpt_core.wire import AgentStats
 Consume = Callable[[Step, RingReader], None]
 
 
-def send(
-    plan: Plan, owner: int, *, pool: HostPool, manifest: Manifest, writer: RingWriter, poller: Poller
-) -> AgentStats:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outgoing:
+    """What one agent sends, looked up before the clock runs: its steps, and where their bytes are.
+
+    Attributes:
+        owner: the agent.
+        steps: in order of seq, each with (offset in its bucket, bytes in the pool).
+    """
+
+    owner: int
+    steps: tuple[tuple[Step, list[tuple[int, HostBytes]]], ...]
+
+    @classmethod
+    def of(cls, plan: Plan, owner: int, pool: HostPool, manifest: Manifest) -> Outgoing:
+        """The part of a plan that this agent sends."""
+        mine = (step for step in plan.steps if step.owner == owner)
+        return cls(owner=owner, steps=tuple((step, pool.parts(manifest, step.bucket)) for step in mine))
+
+
+def send(outgoing: Outgoing, *, writer: RingWriter, poller: Poller) -> AgentStats:
     """Copy every bucket of one owner into its ring, each as soon as what it overwrites has been read.
 
     Returns when all receivers are done with the last one.
     """
-    steps = [step for step in plan.steps if step.owner == owner]
     start = time.perf_counter()
     copy_s = 0.0
-    for step in steps:
+    who = f"agent {outgoing.owner}"
+    for step, parts in outgoing.steps:
         poller.until(
             lambda after=step.free_after_seq: _advance(writer) and writer.done() >= after,  # type: ignore[misc]
-            f"room in the ring of agent {owner} for bucket {step.index}",
+            f"room in the ring of {who} for bucket {step.index}",
         )
         began = time.perf_counter()
-        writer.fill(step, pool.parts(manifest, step.bucket))
+        writer.fill(step, parts)
         copy_s += time.perf_counter() - began
         writer.advance()
-        poller.check_now_and_then(f"bucket {step.index} of agent {owner}")
-    last = steps[-1].seq if steps else 0
-    poller.until(
-        lambda: writer.advance() >= last and writer.done() >= last, f"the ranks to read agent {owner}'s last bucket"
-    )
+        poller.check_now_and_then(f"bucket {step.index} of {who}")
+    last = outgoing.steps[-1][0].seq if outgoing.steps else 0
+    poller.until(lambda: writer.advance() >= last and writer.done() >= last, f"the ranks to read {who}'s last bucket")
     return AgentStats(
-        sent_bytes=sum(step.bucket.size_bytes for step in steps),
+        sent_bytes=sum(step.bucket.size_bytes for step, _ in outgoing.steps),
         copy_s=copy_s,
         wait_s=poller.waited_s,
         total_s=time.perf_counter() - start,
@@ -53,13 +70,20 @@ def _advance(writer: RingWriter) -> bool:
     return True
 
 
+def _drain(readers: Sequence[RingReader]) -> bool:
+    """Let every owner know what this rank's device is done with, also while it waits for another one."""
+    for reader in readers:
+        reader.drained()
+    return True
+
+
 def receive(plan: Plan, receiver: int, *, readers: Sequence[RingReader], consume: Consume, poller: Poller) -> None:
     """Take the buckets of all owners in the plan's order; `consume` those meant for this receiver, pass over the others."""
     for step in plan.steps:
         reader = readers[step.owner]
         if receiver in step.receivers:
             poller.until(
-                lambda reader=reader, seq=step.seq: reader.published() >= seq,  # type: ignore[misc]
+                lambda reader=reader, seq=step.seq: _drain(readers) and reader.published() >= seq,  # type: ignore[misc]
                 f"bucket {step.index} from agent {step.owner}",
             )
             consume(step, reader)

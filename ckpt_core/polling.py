@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 
-_SPINS = 64  # each gives the core away first: agents and ranks may share one
+_SPIN_S = 500e-6  # each look gives the core away first: agents and ranks may share one
 _NAP_S = 30e-6
 _LONGEST_NAP_S = 500e-6
 _CHECK_EVERY_S = 5e-3
@@ -42,7 +42,8 @@ class Poller:
             self.waited_s += time.monotonic() - start
 
     def _spin(self, ready: Callable[[], bool], what: str) -> None:
-        for _ in range(_SPINS):
+        end = time.monotonic() + _SPIN_S
+        while time.monotonic() < end:
             os.sched_yield()
             if ready():
                 return

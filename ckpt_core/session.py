@@ -127,7 +127,7 @@ class Session:
             self._pause()
             layouts = self._attach(manifest)
             plan = self._plan(manifest, layouts)
-            self._transfer(manifest, plan)
+            self._transfer(plan)
             self._commit(manifest)
         except BaseException as error:
             raise self._undo(error) from error
@@ -170,6 +170,7 @@ class Session:
                 {self._name(self._hellos[peer]): reply.layout for peer, reply in replies.items()},
                 allow_missing=self._config.allow_missing,
                 allow_unexpected=self._config.allow_unexpected,
+                manifest=manifest,
             )
         return replies
 
@@ -182,9 +183,7 @@ class Session:
                 ring_bytes=self._config.ring_bytes,
                 bucket_bytes=self._config.bucket_bytes,
             )
-            rings = self._agents.open_rings(
-                ring_bytes=plan.ring_bytes, receivers=plan.receivers, timeout_s=self._config.attach_timeout_s
-            )
+            rings = self._agents.open_rings(plan, manifest, timeout_s=self._config.attach_timeout_s)
             offers = {peer: self._offer(plan, rings, receiver, manifest) for receiver, peer in enumerate(self._hellos)}
             agreed = self._talk.ask(offers, wire.PlanAgreed, timeout_s=self._config.attach_timeout_s)
             for peer, reply in agreed.items():
@@ -195,13 +194,13 @@ class Session:
                     )
         return plan
 
-    def _transfer(self, manifest: Manifest, plan: Plan) -> None:
+    def _transfer(self, plan: Plan) -> None:
         self._move(SessionState.LOADING)
         with self._watch.stage(Stage.TRANSFER):
             self._follow(Stage.TRANSFER, sum(plan.bytes_needed_by_receiver), {})
             for peer in self._hellos:
                 self._talk.tell(peer, wire.Begin())
-            self._agents.start_sending(plan, manifest, timeout_s=self._config.transfer_timeout_s)
+            self._agents.start_sending(timeout_s=self._config.transfer_timeout_s)
             self._await_transfer()
         self._move(SessionState.VERIFYING)
 

@@ -11,6 +11,8 @@ import contextlib
 import mmap
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +24,8 @@ from ckpt_core.layout import Box
 from ckpt_core.manifest import Manifest, content_digest
 from ckpt_core.source import Extent, SourceFile, SourceIndex
 
+_REGION_BYTES = 1 << 30  # page locks are per region: few and large
+_LOCK_THREADS = 4
 _Identity = tuple[int, int, int]  # device, inode, size: a mapping stays good while these do
 
 
@@ -31,13 +35,14 @@ class _MappedFile:
 
     mapping: mmap.mmap
     array: HostBytes
-    unlock: Unlock | None = None
+    unlocks: list[Unlock] = field(default_factory=list)
     mtime_ns: int = 0
     digests: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def close(self) -> None:
-        if self.unlock is not None:
-            self.unlock()
+        for unlock in self.unlocks:
+            unlock()
+        self.unlocks.clear()
         self.array = np.empty(0, dtype=np.uint8)
         with contextlib.suppress(BufferError):  # left to whoever still holds a view
             self.mapping.close()
@@ -48,10 +53,13 @@ class HostPool:
 
     Args:
         device: what copies out of it; the pool is made fit for it.
+        turn: where in it this agent begins to lock pages, 0 to 1: two processes that lock the same pages at the same time
+            slow each other down.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, turn: float = 0.0) -> None:
         self._device = device
+        self._turn = turn
         self._index = SourceIndex(files=(), extents=())
         self._extents: dict[str, Extent] = {}
         self._files: list[_MappedFile] = []
@@ -63,18 +71,15 @@ class HostPool:
         Raises:
             ManifestError: a file went away or changed since it was indexed.
         """
-        locked, seconds, kept = 0, 0.0, self._by_identity
+        kept, fresh = self._by_identity, list[_MappedFile]()
         self._by_identity = {}
         for file in index.files:
             file.check()
             identity = (file.device, file.inode, file.size_bytes)
-            mapped = kept.pop(identity, None) or _map(file)
+            if (mapped := kept.pop(identity, None)) is None:
+                mapped = _map(file)
+                fresh.append(mapped)
             self._by_identity[identity] = mapped
-            if mapped.unlock is None:
-                start = time.perf_counter()
-                mapped.unlock = self._device.lock(mapped.array)
-                seconds += time.perf_counter() - start
-                locked += mapped.array.size
             if mapped.mtime_ns != file.mtime_ns:
                 mapped.mtime_ns = file.mtime_ns
                 mapped.digests.clear()
@@ -83,7 +88,9 @@ class HostPool:
         self._index = index
         self._extents = {extent.name: extent for extent in index.extents}
         self._files = [self._by_identity[file.device, file.inode, file.size_bytes] for file in index.files]
-        return locked, seconds
+        start = time.perf_counter()
+        self._lock(fresh)
+        return sum(mapped.array.size for mapped in fresh), time.perf_counter() - start
 
     def tensor(self, name: str) -> HostBytes:
         """All bytes of a tensor."""
@@ -99,12 +106,28 @@ class HostPool:
         runs: list[list[int]] = []  # offset in bucket, file, offset in file, size
         for piece in bucket.pieces:
             extent = self._extents[manifest.tensors[piece.tensor].name]
-            first = extent.offset_bytes + (0 if piece.box is None else _first_byte(piece.box, extent))
+            first = extent.offset_bytes + _first_byte(piece.box, extent)
             if runs and _continues(runs[-1], piece.offset_bytes, extent.file, first):
                 runs[-1][3] += piece.size_bytes
             else:
                 runs.append([piece.offset_bytes, extent.file, first, piece.size_bytes])
+        runs = [part for run in runs for part in _within_regions(run)]
         return [(offset, self._files[file].array[first : first + size]) for offset, file, first, size in runs]
+
+    def _lock(self, files: list[_MappedFile]) -> None:
+        """Lock in regions, by several threads."""
+        regions = [
+            (file, file.array[first : first + _REGION_BYTES])
+            for file in files
+            for first in range(0, file.array.size, _REGION_BYTES)
+        ]
+        begin = int(len(regions) * self._turn)
+        with ThreadPoolExecutor(_LOCK_THREADS, thread_name_prefix="ckpt-lock") as threads:
+            calls = [
+                (file, threads.submit(self._device.lock, region)) for file, region in regions[begin:] + regions[:begin]
+            ]
+        for file, call in calls:
+            file.unlocks.append(call.result())
 
     def digest(self, name: str) -> str:
         """Content digest of a tensor; computed once per state of its file."""
@@ -145,10 +168,14 @@ def _continues(run: list[int], offset_bytes: int, file: int, first_byte: int) ->
     return run[0] + run[3] == offset_bytes and run[1] == file and run[2] + run[3] == first_byte
 
 
-def _first_byte(box: Box, extent: Extent) -> int:
-    """Offset of a box's first element in its row-major tensor."""
-    element, stride = 0, 1
-    for start, length in zip(reversed(box.start), reversed(extent.shape), strict=True):
-        element += start * stride
-        stride *= length
-    return element * extent.dtype.itemsize
+def _within_regions(run: list[int]) -> Iterator[list[int]]:
+    """A copy may not reach over the border of two regions: they were locked apart."""
+    offset, file, first, size = run
+    while size > 0:
+        length = min(size, _REGION_BYTES - first % _REGION_BYTES)
+        yield [offset, file, first, length]
+        offset, first, size = offset + length, first + length, size - length
+
+
+def _first_byte(box: Box | None, extent: Extent) -> int:
+    return 0 if box is None else box.byte_runs(extent.shape, extent.dtype.itemsize).first_offset_bytes

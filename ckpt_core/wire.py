@@ -12,7 +12,7 @@ from collections.abc import Collection
 import msgspec
 
 from ckpt_core.contract import AbortOutcome, RankInfo
-from ckpt_core.errors import WireError
+from ckpt_core.errors import CkptError, WireError
 from ckpt_core.layout import Layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan
@@ -185,17 +185,15 @@ class Prepare(Message, frozen=True, kw_only=True):
 
 
 class OpenRing(Message, frozen=True, kw_only=True):
-    """Make a ring for that many receivers."""
-
-    ring_bytes: int
-    receivers: int
-
-
-class Send(Message, frozen=True, kw_only=True):
-    """Send your buckets of this plan, made for this manifest."""
+    """Make a ring for this plan, which was made for this manifest."""
 
     plan: Plan
     manifest: Manifest
+
+
+class Send(Message, frozen=True, kw_only=True):
+    """Send your buckets of the plan that the ring was opened for."""
+
     timeout_s: float
 
 
@@ -299,7 +297,7 @@ def decode(frame: bytes, *, tokens: Collection[str], last_seq: int) -> Envelope:
         raise WireError(f"a frame of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
     try:
         envelope = _decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, CkptError) as error:
         raise WireError(f"a frame of {len(frame)} bytes is not in the schema: {error}") from error
     if envelope.protocol != PROTOCOL_VERSION:
         raise WireError(

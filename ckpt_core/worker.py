@@ -18,7 +18,7 @@ import traceback
 from typing import Any
 
 from ckpt_core import plugins, process, wire
-from ckpt_core.apply import Applier
+from ckpt_core.apply import Applier, Incoming
 from ckpt_core.channel import AbortRequested, Line
 from ckpt_core.config import VerifyLevel
 from ckpt_core.contract import AbortOutcome, AttachResult, RankInfo, Rendezvous, Update
@@ -78,9 +78,9 @@ class _Attachment:
     def run(self) -> tuple[str, str]:
         """Outcome and error text of this rank."""
         try:
-            manifest = self._agree_on_layout()
-            offer = self._agree_on_plan(manifest)
-            self._load(manifest, offer)
+            manifest, layout = self._agree_on_layout()
+            offer, incoming = self._agree_on_plan(manifest, layout)
+            self._load(offer, incoming)
             self._commit()
         except Exception as error:  # noqa: BLE001 whatever it is, the rank must be undone
             return self._undo(error).value, f"{type(error).__name__}: {error}"
@@ -89,21 +89,21 @@ class _Attachment:
                 reader.close()
         return "committed", ""
 
-    def _agree_on_layout(self) -> Manifest:
+    def _agree_on_layout(self) -> tuple[Manifest, Layout]:
         self._line.send(
             wire.RankHello(endpoint_index=self._rendezvous.endpoint_index, rank=self._info, process=process.current())
         )
         manifest = self._line.expect(wire.AskLayout).manifest
         self._phase = "layout"
         self._hook.ckpt_supports(worker=self._worker)
-        layout: Layout | None = self._hook.ckpt_layout(worker=self._worker, manifest=manifest)
-        self._line.send(wire.LayoutReply(layout=layout or whole_layout(manifest)))
-        return manifest
+        layout: Layout = self._hook.ckpt_layout(worker=self._worker, manifest=manifest) or whole_layout(manifest)
+        self._line.send(wire.LayoutReply(layout=layout))
+        return manifest, layout
 
-    def _agree_on_plan(self, manifest: Manifest) -> wire.OfferPlan:
+    def _agree_on_plan(self, manifest: Manifest, layout: Layout) -> tuple[wire.OfferPlan, Incoming]:
         offer = self._line.expect(wire.OfferPlan)
         self._phase = "plan"
-        check_plan(offer.plan, manifest)
+        check_plan(offer.plan, manifest, {offer.receiver: layout})
         if len(offer.rings) != offer.plan.agents or offer.receiver >= offer.plan.receivers:
             raise PlanError(
                 f"the plan is for {offer.plan.agents} agents and {offer.plan.receivers} ranks, the offer has {len(offer.rings)} "
@@ -118,19 +118,19 @@ class _Attachment:
             )
             self._readers.append(reader)
         self._line.send(wire.PlanAgreed(digest=offer.plan.digest))
-        return offer
+        return offer, Incoming(offer.plan, offer.receiver, manifest, layout)
 
-    def _load(self, manifest: Manifest, offer: wire.OfferPlan) -> None:
+    def _load(self, offer: wire.OfferPlan, incoming: Incoming) -> None:
         self._line.expect(wire.Begin)
         update = Update(
             update_id=offer.update_id,
             version=offer.version,
             digest=offer.digest,
-            expected=frozenset(meta.name for meta in manifest.tensors),
+            expected=incoming.names,
         )
         begin_s = self._begin(update)
         applier = Applier(
-            self._plugin, self._worker, update, manifest, digest=offer.verify == VerifyLevel.ARRIVAL.value
+            self._plugin, self._worker, update, incoming, digest=offer.verify == VerifyLevel.ARRIVAL.value
         )
         self._phase = "load"
         wait_s = self._receive(offer, applier)
