@@ -57,14 +57,14 @@ class Result:
     first_s: float = 0.0
     steady_s: list[float] = field(default_factory=list)
     pause_s: list[float] = field(default_factory=list)
-    stages: dict[str, float] = field(default_factory=dict)
+    first_pause_s: float = 0.0
     lock_gb_s: float = 0.0
     digest_s: float = 0.0
     ring_bytes: int = 0
     gpu_overhead_mib: float = 0.0
     wrong: int = 0
-    agents: list[dict[str, Any]] = field(default_factory=list)
-    ranks: list[dict[str, Any]] = field(default_factory=list)
+    first: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
 
     @property
     def median_gb_s(self) -> float:
@@ -121,17 +121,22 @@ def run_case(case: Case, checkpoint: Path, seed: int, world: int) -> Result:
 
 
 def _note(result: Result, report: UpdateReport, *, first: bool) -> None:
+    details = {
+        "stages": report.stages,
+        "agents": [{name: getattr(stats, name) for name in stats.__struct_fields__} for stats in report.agents],
+        "ranks": [{name: getattr(rank.stats, name) for name in rank.stats.__struct_fields__} for rank in report.ranks],
+    }
     if first:
+        result.first = details
         result.first_s = report.stages["transfer"]
+        result.first_pause_s = report.pause_s
         result.lock_gb_s = report.locked_bytes / 1e9 / report.lock_s if report.lock_s else 0.0
         result.digest_s = report.digest_s
         return
+    result.last = details
     result.steady_s.append(report.stages["transfer"])
     result.pause_s.append(report.pause_s)
-    result.stages = report.stages
     result.ring_bytes = report.ring_bytes
-    result.agents = [{name: getattr(stats, name) for name in stats.__struct_fields__} for stats in report.agents]
-    result.ranks = [{name: getattr(rank.stats, name) for name in rank.stats.__struct_fields__} for rank in report.ranks]
 
 
 def run_peer(script: Path, model: str, layers: int, repeats: int, world: int) -> dict[str, Any]:
@@ -223,7 +228,9 @@ def main() -> None:
     parser.add_argument("--all-visible", action="store_true", help="also with all GPUs visible to every rank")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--world", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints are generated")
+    parser.add_argument(
+        "--directory", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints are generated"
+    )
     parser.add_argument("--peer", type=Path, help="benchmark script of the peer")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

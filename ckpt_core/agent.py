@@ -21,7 +21,9 @@ from ckpt_core import process, wire
 from ckpt_core.channel import AbortRequested, Line
 from ckpt_core.devices import device_of
 from ckpt_core.errors import CkptError, PeerLost, TransferTimeout, TransportError
+from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing, send
+from ckpt_core.plan import Plan
 from ckpt_core.polling import Poller
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.ipc import IpcRingWriter
@@ -62,6 +64,8 @@ class Agent:
         self._pool = HostPool(self._device, turn=config.index / config.count)
         self._writer: IpcRingWriter | None = None
         self._outgoing: Outgoing | None = None
+        self._plan: Plan | None = None
+        self._manifest: Manifest | None = None
         self._handlers: dict[type[wire.Message], Callable[..., wire.AnyMessage | None]] = {
             wire.Prepare: self._prepare,
             wire.OpenRing: self._open_ring,
@@ -118,11 +122,15 @@ class Agent:
 
     def _open_ring(self, message: wire.OpenRing) -> wire.RingOpened:
         self._close_ring(None)
-        self._outgoing = Outgoing.of(message.plan, self._config.index, self._pool, message.manifest)
+        if message.plan is not None and message.manifest is not None:
+            self._plan, self._manifest = message.plan, message.manifest
+        if self._plan is None or self._manifest is None:
+            raise TransportError("asked for a ring without a plan, and knows none")
+        self._outgoing = Outgoing.of(self._plan, self._config.index, self._pool, self._manifest)
         self._writer = IpcRingWriter(
             owner=self._config.index,
-            receivers=message.plan.receivers,
-            ring_bytes=message.plan.ring_bytes,
+            receivers=self._plan.receivers,
+            ring_bytes=self._plan.ring_bytes,
             device=self._device,
             directory=Path(self._config.directory),
         )

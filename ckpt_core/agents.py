@@ -115,8 +115,10 @@ class AgentGroup:
             lock_s=max(reply.lock_s for reply in replies),
         )
 
-    def open_rings(self, plan: Plan, manifest: Manifest, *, timeout_s: float) -> tuple[wire.RingOffer, ...]:
-        """A ring in each agent; offers by agent."""
+    def open_rings(
+        self, plan: Plan | None, manifest: Manifest | None, *, timeout_s: float
+    ) -> tuple[wire.RingOffer, ...]:
+        """A ring in each agent for this plan, or for the one it had last; offers by agent."""
         ask = wire.OpenRing(plan=plan, manifest=manifest)
         replies = self._conversation.ask(dict.fromkeys(self._peers, ask), wire.RingOpened, timeout_s=timeout_s)
         return tuple(replies[peer].offer for peer in self._peers)

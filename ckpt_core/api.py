@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_core import plugins
 from ckpt_core.agents import AgentGroup
+from ckpt_core.agreement import KnownPlan
 from ckpt_core.channel import Hub
 from ckpt_core.config import Environment, UpdateConfig
 from ckpt_core.conversation import Conversation
@@ -79,6 +80,7 @@ class Updater:
         self._exit = ExitStack()
         self._exit.callback(self._fleet.close)
         self._agents: AgentGroup | None = None
+        self._known_plan: KnownPlan | None = None
 
     def __enter__(self) -> Updater:
         sockets = private_directory(self._environment.socket_root, "ckpt-")
@@ -126,13 +128,16 @@ class Updater:
                 hub=self._hub,
                 conversation=self._talk,
                 config=self._config,
+                known_plan=self._known_plan,
                 on_progress=self._on_progress,
             )
             try:
-                return session.run()
+                report = session.run()
             except CkptError:
                 self._stop_agents()  # one of them may be what failed; the next update starts with new ones
                 raise
+            self._known_plan = session.known_plan
+            return report
 
     def _running_agents(self) -> AgentGroup:
         wanted = self._fleet.devices()
@@ -153,7 +158,7 @@ class Updater:
         return self._agents
 
     def _stop_agents(self) -> None:
-        agents, self._agents = self._agents, None
+        agents, self._agents, self._known_plan = self._agents, None, None
         if agents is not None:
             agents.stop()
 

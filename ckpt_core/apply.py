@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.bucket import Piece
@@ -53,18 +54,23 @@ def _touches(piece: Piece, boxes: list[Box | None]) -> bool:
 class Applier:
     """Gives one rank its buckets.
 
+    Args:
+        digests: content of the checkpoint's tensors, in the order of its manifest; None to digest nothing.
+
     Attributes:
         received_bytes, retained_bytes: so far; retained is the peak of what the engine reported.
         load_s, digest_s: seconds in the plugin's load hook, and in digests.
         ignored: names the engine had no use for.
     """
 
-    def __init__(self, plugin: EnginePlugin, worker: Any, update: Update, incoming: Incoming, *, digest: bool) -> None:
+    def __init__(
+        self, plugin: EnginePlugin, worker: Any, update: Update, incoming: Incoming, digests: Sequence[str] | None
+    ) -> None:
         self._plugin = plugin
         self._worker = worker
         self._update = update
         self._incoming = incoming
-        self._arrival = ArrivalDigest() if digest else None
+        self._arrival = None if digests is None else ArrivalDigest(digests)
         self.received_bytes = 0
         self.retained_bytes = 0
         self.load_s = 0.0
@@ -87,8 +93,8 @@ class Applier:
         raw = [reader.view(step.ring_offset_bytes + piece.offset_bytes, piece.size_bytes) for piece, _ in pieces]
         if self._arrival is not None:
             start = time.perf_counter()
-            for (_, meta), data in zip(pieces, raw, strict=True):
-                self._arrival.add(meta, data)
+            for (piece, meta), data in zip(pieces, raw, strict=True):
+                self._arrival.add(piece.tensor, meta, data)
             self.digest_s += time.perf_counter() - start
         bucket = LoadBucket(index=step.index, tensors=tuple(map(_load_tensor, pieces, raw)))
         start = time.perf_counter()

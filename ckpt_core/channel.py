@@ -138,8 +138,8 @@ class Line:
             elif time.monotonic() >= deadline:
                 return None
 
-    def expect(self, kind: type[M]) -> M:
-        """Wait for a message of that kind, as long as the controller keeps talking.
+    def expect(self, *kinds: type[M]) -> M:
+        """Wait for a message of one of those kinds, as long as the controller keeps talking.
 
         Raises:
             AbortRequested: the controller asked to abort instead.
@@ -150,8 +150,9 @@ class Line:
             pass
         if isinstance(message, wire.Abort):
             raise AbortRequested(message.cause)
-        if not isinstance(message, kind):
-            raise TransportError(f"expected {kind.__name__} from the controller, got {type(message).__name__}")
+        if not isinstance(message, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise TransportError(f"expected {expected} from the controller, got {type(message).__name__}")
         return message
 
     def check_abort(self) -> None:

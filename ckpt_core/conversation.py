@@ -47,13 +47,15 @@ class Conversation:
         """Where peers dial in."""
         return self._hub.address
 
-    def admit(self, hello: type[M], count: int, *, timeout_s: float, who: str) -> dict[bytes, M]:
-        """Wait for the first words of that many new peers.
+    def admit(
+        self, hello: type[M], count: int, *, timeout_s: float, who: str, into: dict[bytes, M] | None = None
+    ) -> dict[bytes, M]:
+        """Wait for the first words of that many new peers; `into` is filled as they come, also where this raises.
 
         Raises:
             RendezvousTimeout: not all came.
         """
-        came: dict[bytes, M] = {}
+        came: dict[bytes, M] = {} if into is None else into
         deadline = time.monotonic() + timeout_s
         while len(came) < count:
             if time.monotonic() > deadline:

@@ -3,8 +3,10 @@ for the other beyond the sequence numbers of a ring that holds several buckets."
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ckpt_core.device import HostBytes
@@ -42,6 +44,11 @@ def send(outgoing: Outgoing, *, writer: RingWriter, poller: Poller) -> AgentStat
 
     Returns when all receivers are done with the last one.
     """
+    with _no_garbage_collection():
+        return _send(outgoing, writer, poller)
+
+
+def _send(outgoing: Outgoing, writer: RingWriter, poller: Poller) -> AgentStats:
     start = time.perf_counter()
     copy_s = 0.0
     who = f"agent {outgoing.owner}"
@@ -65,6 +72,18 @@ def send(outgoing: Outgoing, *, writer: RingWriter, poller: Poller) -> AgentStat
     )
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A full collection in a process with an engine in it takes as long as many buckets."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _advance(writer: RingWriter) -> bool:
     writer.advance()
     return True
@@ -79,6 +98,11 @@ def _drain(readers: Sequence[RingReader]) -> bool:
 
 def receive(plan: Plan, receiver: int, *, readers: Sequence[RingReader], consume: Consume, poller: Poller) -> None:
     """Take the buckets of all owners in the plan's order; `consume` those meant for this receiver, pass over the others."""
+    with _no_garbage_collection():
+        _receive(plan, receiver, readers, consume, poller)
+
+
+def _receive(plan: Plan, receiver: int, readers: Sequence[RingReader], consume: Consume, poller: Poller) -> None:
     for step in plan.steps:
         reader = readers[step.owner]
         if receiver in step.receivers:

@@ -17,16 +17,16 @@ from enum import Enum
 
 from ckpt_core import wire
 from ckpt_core.agents import AgentGroup
+from ckpt_core.agreement import Agreement, KnownPlan, Terms, rank_keys
 from ckpt_core.channel import Hub
 from ckpt_core.config import UpdateConfig
 from ckpt_core.contract import AbortOutcome, Rendezvous
 from ckpt_core.conversation import Conversation
-from ckpt_core.errors import CkptError, EngineStateError, Outcome, PlanError, UpdateAborted
+from ckpt_core.errors import CkptError, EngineStateError, Outcome, UpdateAborted
 from ckpt_core.fleet import Fleet
-from ckpt_core.layout import check_coverage
 from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import RankReport, Stage, Stopwatch, UpdateReport
-from ckpt_core.plan import Plan, make_plan
+from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,11 @@ class Session:
         agents: joined agents.
         hub, conversation: of the controller.
         config: options.
+        known_plan: of the last update with these agents.
         on_progress: told stage, done and total bytes, now and then.
+
+    Attributes:
+        known_plan: of this update, once it is committed.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Session:
         hub: Hub,
         conversation: Conversation,
         config: UpdateConfig,
+        known_plan: KnownPlan | None,
         on_progress: OnProgress,
     ) -> None:
         self.update_id = secrets.token_hex(6)
@@ -103,6 +108,8 @@ class Session:
         self._hub = hub
         self._talk = conversation
         self._config = config
+        self._known_plan = known_plan
+        self.known_plan: KnownPlan | None = None
         self._on_progress = on_progress
         self._token = secrets.token_hex(16)
         self._watch = Stopwatch()
@@ -125,12 +132,13 @@ class Session:
         self._move(SessionState.PLANNED)
         try:
             self._pause()
-            layouts = self._attach(manifest)
-            plan = self._plan(manifest, layouts)
+            self._attach()
+            plan = self._agree(manifest)
             self._transfer(plan)
             self._commit(manifest)
         except BaseException as error:
             raise self._undo(error) from error
+        self.known_plan = KnownPlan(plan=plan, ranks=rank_keys(self._hellos))
         self._serve()
         return self._report(manifest, plan)
 
@@ -150,49 +158,30 @@ class Session:
             self._in_flight = self._fleet.pause(self._config.pause_mode)
         self._move(SessionState.PAUSED)
 
-    def _attach(self, manifest: Manifest) -> dict[bytes, wire.LayoutReply]:
+    def _attach(self) -> None:
         count = sum(member.world_size for member in self._fleet.members)
         with self._watch.stage(Stage.ATTACH):
             self._hub.allow(self._token)
             self._talk.watches.append(self._fleet.check_attached)
             self._fleet.attach(self._rendezvous)
-            self._hellos = self._talk.admit(wire.RankHello, count, timeout_s=self._config.attach_timeout_s, who="rank")
+            timeout_s = self._config.attach_timeout_s
+            self._talk.admit(wire.RankHello, count, timeout_s=timeout_s, who="rank", into=self._hellos)
             self._hellos = dict(sorted(self._hellos.items(), key=lambda item: _order(item[1])))
             for peer, hello in self._hellos.items():
                 self._talk.introduce(peer, hello.process, self._name(hello))
         self._move(SessionState.ATTACHED)
-        with self._watch.stage(Stage.LAYOUT):
-            ask = wire.AskLayout(manifest=manifest)
-            replies = self._talk.ask(
-                dict.fromkeys(self._hellos, ask), wire.LayoutReply, timeout_s=self._config.attach_timeout_s
-            )
-            check_coverage(
-                {self._name(self._hellos[peer]): reply.layout for peer, reply in replies.items()},
-                allow_missing=self._config.allow_missing,
-                allow_unexpected=self._config.allow_unexpected,
-                manifest=manifest,
-            )
-        return replies
 
-    def _plan(self, manifest: Manifest, layouts: dict[bytes, wire.LayoutReply]) -> Plan:
+    def _agree(self, manifest: Manifest) -> Plan:
+        terms = Terms(update_id=self.update_id, version=self._version, manifest=manifest, config=self._config)
+        agreement = Agreement(self._talk, self._agents, self._hellos, terms, name=self._name)
+        if self._known_plan is not None and self._known_plan.fits(manifest, self._hellos):
+            with self._watch.stage(Stage.PLAN):
+                agreement.agree_on_known(self._known_plan.plan)
+            return self._known_plan.plan
+        with self._watch.stage(Stage.LAYOUT):
+            layouts = agreement.ask_layouts()
         with self._watch.stage(Stage.PLAN):
-            plan = make_plan(
-                manifest,
-                [layouts[peer].layout for peer in self._hellos],
-                agents=len(self._agents.peers),
-                ring_bytes=self._config.ring_bytes,
-                bucket_bytes=self._config.bucket_bytes,
-            )
-            rings = self._agents.open_rings(plan, manifest, timeout_s=self._config.attach_timeout_s)
-            offers = {peer: self._offer(plan, rings, receiver, manifest) for receiver, peer in enumerate(self._hellos)}
-            agreed = self._talk.ask(offers, wire.PlanAgreed, timeout_s=self._config.attach_timeout_s)
-            for peer, reply in agreed.items():
-                if reply.digest != plan.digest:
-                    raise PlanError(
-                        f"{self._name(self._hellos[peer])} computed plan digest {reply.digest}, expected {plan.digest}; "
-                        "install the same ckpt-core on both sides"
-                    )
-        return plan
+            return agreement.agree_on_new(layouts)
 
     def _transfer(self, plan: Plan) -> None:
         self._move(SessionState.LOADING)
@@ -308,21 +297,6 @@ class Session:
             silence_timeout_s=config.silence_timeout_s,
             lifetime_s=3 * config.attach_timeout_s + config.transfer_timeout_s + 2 * config.commit_timeout_s,
             endpoint_index=endpoint_index,
-        )
-
-    def _offer(
-        self, plan: Plan, rings: tuple[wire.RingOffer, ...], receiver: int, manifest: Manifest
-    ) -> wire.OfferPlan:
-        return wire.OfferPlan(
-            plan=plan,
-            rings=rings,
-            receiver=receiver,
-            update_id=self.update_id,
-            version=self._version,
-            digest=manifest.digest,
-            verify=self._config.verify.value,
-            fingerprint=self._config.fingerprint,
-            transfer_timeout_s=self._config.transfer_timeout_s,
         )
 
     def _follow(self, stage: Stage, total: int, done_by_name: dict[str, int]) -> None:

@@ -6,7 +6,7 @@ the manifest. The fingerprint digests the live weights after the load; equal fin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 class ArrivalDigest:
     """Digests tensors as they arrive, whole or cut into consecutive parts.
 
+    Args:
+        expected: content digests, by position in the manifest.
+
     Attributes:
         digested_bytes: bytes that were compared with the manifest so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected: Sequence[str]) -> None:
+        self._expected = expected
         self._open: dict[str, tuple[xxhash.xxh3_128, int]] = {}
         self.digested_bytes = 0
 
-    def add(self, meta: TensorMeta, part: torch.Tensor) -> None:
+    def add(self, position: int, meta: TensorMeta, part: torch.Tensor) -> None:
         """Take the next bytes of a tensor (uint8, on CPU, contiguous).
 
         Raises:
@@ -43,10 +47,10 @@ class ArrivalDigest:
             self._open[meta.name] = (state, seen)
             return
         self.digested_bytes += seen
-        if state.hexdigest() != meta.digest:
+        if state.hexdigest() != self._expected[position]:
             raise VerificationError(
-                f"tensor {meta.name!r} arrived with digest {state.hexdigest()}, expected {meta.digest}: it was changed on "
-                "the way, or its file was written during the update"
+                f"tensor {meta.name!r} arrived with digest {state.hexdigest()}, expected {self._expected[position]}: "
+                "it was changed on the way, or its file was written during the update"
             )
 
 

@@ -108,9 +108,16 @@ class AskLayout(Message, frozen=True, kw_only=True):
 
 
 class OfferPlan(Message, frozen=True, kw_only=True):
-    """Map the rings, check the plan, and say whether you agree. `receiver` is the rank's index in the plan."""
+    """Map the rings, check the plan, and say whether you agree.
 
-    plan: Plan
+    Attributes:
+        plan: None for the one that the rank said it knows.
+        digests: content of the checkpoint's tensors, in the order of its manifest.
+        receiver: the rank's index in the plan.
+    """
+
+    plan: Plan | None
+    digests: tuple[str, ...]
     rings: tuple[RingOffer, ...]
     receiver: int
     update_id: str
@@ -134,11 +141,12 @@ class Commit(Message, frozen=True, kw_only=True):
 
 # -- ranks to controller ---------------------------------------------------------------------------------------------------
 class RankHello(Message, frozen=True, kw_only=True):
-    """First word of a rank."""
+    """First word of a rank. `known_plan` is the digest of the plan of its last update, "" for none."""
 
     endpoint_index: int
     rank: RankInfo
     process: ProcessInfo
+    known_plan: str = ""
 
 
 class LayoutReply(Message, frozen=True, kw_only=True):
@@ -185,10 +193,10 @@ class Prepare(Message, frozen=True, kw_only=True):
 
 
 class OpenRing(Message, frozen=True, kw_only=True):
-    """Make a ring for this plan, which was made for this manifest."""
+    """Make a ring for this plan, which was made for this manifest; without them, for the ones of last time."""
 
-    plan: Plan
-    manifest: Manifest
+    plan: Plan | None
+    manifest: Manifest | None
 
 
 class Send(Message, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from dataclasses import dataclass
 from typing import Any
 
 from ckpt_core import plugins, process, wire
@@ -26,7 +27,7 @@ from ckpt_core.errors import EngineError, EngineStateError, PlanError, TransferT
 from ckpt_core.layout import Layout, whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import receive
-from ckpt_core.plan import check_plan
+from ckpt_core.plan import Plan, check_plan
 from ckpt_core.polling import Poller
 from ckpt_core.transport.base import RingReader
 from ckpt_core.transport.ipc import IpcRingReader
@@ -59,6 +60,27 @@ def attach(
     return AttachResult(rank=rank, outcome=outcome, error=error)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgreedPlan:
+    """A plan that this rank checked against its own layout, and what it takes out of it."""
+
+    plan: Plan
+    incoming: Incoming
+
+
+_known: list[tuple[Any, AgreedPlan]] = []  # of this process's last committed update: worker and plan; one at most
+
+
+def _take_known(worker: Any) -> AgreedPlan | None:
+    """The plan of the last update, if it was this worker's. Whoever takes it gives it back when it holds again."""
+    last = _known.pop() if _known else None
+    return last[1] if last is not None and last[0] is worker else None
+
+
+def _keep_known(worker: Any, agreed: AgreedPlan) -> None:
+    _known[:] = [(worker, agreed)]
+
+
 class _Attachment:
     """One rank in one update."""
 
@@ -78,10 +100,10 @@ class _Attachment:
     def run(self) -> tuple[str, str]:
         """Outcome and error text of this rank."""
         try:
-            manifest, layout = self._agree_on_layout()
-            offer, incoming = self._agree_on_plan(manifest, layout)
-            self._load(offer, incoming)
+            offer, agreed = self._agree()
+            self._load(offer, agreed)
             self._commit()
+            _keep_known(self._worker, agreed)
         except Exception as error:  # noqa: BLE001 whatever it is, the rank must be undone
             return self._undo(error).value, f"{type(error).__name__}: {error}"
         finally:
@@ -89,51 +111,72 @@ class _Attachment:
                 reader.close()
         return "committed", ""
 
-    def _agree_on_layout(self) -> tuple[Manifest, Layout]:
+    def _agree(self) -> tuple[wire.OfferPlan, AgreedPlan]:
+        """Up to the agreed plan: what may be refused, is refused here."""
+        known = _take_known(self._worker)
         self._line.send(
-            wire.RankHello(endpoint_index=self._rendezvous.endpoint_index, rank=self._info, process=process.current())
-        )
-        manifest = self._line.expect(wire.AskLayout).manifest
-        self._phase = "layout"
-        self._hook.ckpt_supports(worker=self._worker)
-        layout: Layout = self._hook.ckpt_layout(worker=self._worker, manifest=manifest) or whole_layout(manifest)
-        self._line.send(wire.LayoutReply(layout=layout))
-        return manifest, layout
-
-    def _agree_on_plan(self, manifest: Manifest, layout: Layout) -> tuple[wire.OfferPlan, Incoming]:
-        offer = self._line.expect(wire.OfferPlan)
-        self._phase = "plan"
-        check_plan(offer.plan, manifest, {offer.receiver: layout})
-        if len(offer.rings) != offer.plan.agents or offer.receiver >= offer.plan.receivers:
-            raise PlanError(
-                f"the plan is for {offer.plan.agents} agents and {offer.plan.receivers} ranks, the offer has {len(offer.rings)} "
-                f"rings and makes this rank number {offer.receiver}"
+            wire.RankHello(
+                endpoint_index=self._rendezvous.endpoint_index,
+                rank=self._info,
+                process=process.current(),
+                known_plan=known.plan.digest if known else "",
             )
+        )
+        self._hook.ckpt_supports(worker=self._worker)
+        first = self._line.expect(wire.AskLayout, wire.OfferPlan)
+        if isinstance(first, wire.AskLayout):
+            layout = self._layout(first.manifest)
+            offer = self._line.expect(wire.OfferPlan)
+            known = self._check(offer, first.manifest, layout)
+        else:
+            assert isinstance(first, wire.OfferPlan)
+            offer = first
+        if known is None:
+            raise PlanError(
+                "the controller offers a plan that this rank does not know; install the same ckpt-core on both"
+            )
+        self._phase = "plan"
         for ring in offer.rings:
             reader = IpcRingReader(
                 ring,
                 receiver=offer.receiver,
-                receivers=offer.plan.receivers,
+                receivers=known.plan.receivers,
                 device_index=self._info.device_index,
             )
             self._readers.append(reader)
-        self._line.send(wire.PlanAgreed(digest=offer.plan.digest))
-        return offer, Incoming(offer.plan, offer.receiver, manifest, layout)
+        self._line.send(wire.PlanAgreed(digest=known.plan.digest))
+        return offer, known
 
-    def _load(self, offer: wire.OfferPlan, incoming: Incoming) -> None:
+    def _layout(self, manifest: Manifest) -> Layout:
+        self._phase = "layout"
+        layout: Layout = self._hook.ckpt_layout(worker=self._worker, manifest=manifest) or whole_layout(manifest)
+        self._line.send(wire.LayoutReply(layout=layout))
+        return layout
+
+    def _check(self, offer: wire.OfferPlan, manifest: Manifest, layout: Layout) -> AgreedPlan:
+        self._phase = "plan"
+        plan = offer.plan
+        if plan is None or len(offer.rings) != plan.agents or not 0 <= offer.receiver < plan.receivers:
+            raise PlanError(
+                f"the offer has {len(offer.rings)} rings, makes this rank number {offer.receiver}, and its plan is "
+                f"{'missing' if plan is None else f'for {plan.agents} agents and {plan.receivers} ranks'}"
+            )
+        check_plan(plan, manifest, {offer.receiver: layout})
+        return AgreedPlan(plan=plan, incoming=Incoming(plan, offer.receiver, manifest, layout))
+
+    def _load(self, offer: wire.OfferPlan, agreed: AgreedPlan) -> None:
         self._line.expect(wire.Begin)
         update = Update(
             update_id=offer.update_id,
             version=offer.version,
             digest=offer.digest,
-            expected=incoming.names,
+            expected=agreed.incoming.names,
         )
         begin_s = self._begin(update)
-        applier = Applier(
-            self._plugin, self._worker, update, incoming, digest=offer.verify == VerifyLevel.ARRIVAL.value
-        )
+        digests = offer.digests if offer.verify == VerifyLevel.ARRIVAL.value else None
+        applier = Applier(self._plugin, self._worker, update, agreed.incoming, digests)
         self._phase = "load"
-        wait_s = self._receive(offer, applier)
+        wait_s = self._receive(offer, agreed.plan, applier)
         self._phase = "finish"
         start = time.perf_counter()
         self._hook.ckpt_finish(worker=self._worker, update=update)
@@ -165,7 +208,7 @@ class _Attachment:
             raise
         return time.perf_counter() - start
 
-    def _receive(self, offer: wire.OfferPlan, applier: Applier) -> float:
+    def _receive(self, offer: wire.OfferPlan, plan: Plan, applier: Applier) -> float:
         reporter = _Reporter(self._line, applier)
         timeout_s = offer.transfer_timeout_s
         poller = Poller(
@@ -173,7 +216,7 @@ class _Attachment:
             deadline=time.monotonic() + timeout_s,
             expired=lambda what: TransferTimeout(f"rank {self._info.rank} waited {timeout_s:g} s for {what}"),
         )
-        receive(offer.plan, offer.receiver, readers=self._readers, consume=applier.consume, poller=poller)
+        receive(plan, offer.receiver, readers=self._readers, consume=applier.consume, poller=poller)
         return poller.waited_s
 
     def _fingerprint(self, *, wanted: bool) -> tuple[str, float]:
