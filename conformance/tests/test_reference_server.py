@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +88,9 @@ class Background:
         return self._result
 
 
-def endpoint_of(server: ReferenceServer) -> Endpoint:
-    return Endpoint(url=server.url, engine="reference")
+def endpoint_of(server: ReferenceServer, *, bearer_token: str = "") -> Endpoint:
+    options = EndpointOptions(bearer_token=bearer_token)
+    return Endpoint(url=server.url, engine="reference", options=options)
 
 
 def wait_gone(*pids: int) -> None:
@@ -95,6 +98,13 @@ def wait_gone(*pids: int) -> None:
     processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, alive = psutil.wait_procs(processes, timeout=DEADLINE_S)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_status(server: ReferenceServer, **expected: Any) -> None:
+    """Ask for the status until it holds these fields."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not expected.items() <= (status := server.status()).items():
+        assert time.monotonic() < deadline, f"expected {expected}, got {status}"
 
 
 def refusal(response: httpx.Response) -> tuple[int, str]:
@@ -178,8 +188,7 @@ def test_pause_wait_lets_requests_finish(server: ReferenceServer) -> None:
 def test_resume_ends_a_pause_that_still_waits(server: ReferenceServer) -> None:
     request = Streaming(server)
     pausing = Background(lambda: server.post("/pause", mode="wait"))
-    while server.status()["pause_mode"] != "wait":
-        pass
+    wait_status(server, pause_mode="wait")
     server.client.post("/resume").raise_for_status()
     assert refusal(pausing.result()) == (409, "resumed before the pause was complete")
     request.close()
@@ -215,8 +224,7 @@ def test_flush_is_refused_while_a_request_runs(server: ReferenceServer) -> None:
 def test_requests_queue_while_paused_up_to_the_limit(server: ReferenceServer) -> None:
     server.post("/pause", mode="abort")
     queued = [Background(lambda: server.generate([5, 6], 2)) for _ in range(3)]
-    while server.status()["waiting"] < 3:
-        pass
+    wait_status(server, waiting=3)
     response = server.client.post("/generate", json={"prompt_token_ids": [5]})
     assert refusal(response) == (429, "3 requests wait already; try again later")
     server.client.post("/resume").raise_for_status()
@@ -232,21 +240,21 @@ def test_client_that_goes_away_frees_its_place(server: ReferenceServer) -> None:
 def test_attach_is_refused_unless_paused_and_awake(model: Path) -> None:
     token = "t"  # noqa: S105
     nowhere = Rendezvous(address="tcp://127.0.0.1:9", token=token, update_id="u1", silence_timeout_s=1.0)
-    with ReferenceServer(model) as server:
-        endpoint = endpoint_of(server)
+    with (
+        ReferenceServer(model) as server,
+        closing(endpoint_of(server)) as endpoint,
+        closing(endpoint_of(server)) as other,
+    ):
         with pytest.raises(EngineStateError, match="expected paused"):
             hook.ckpt_attach(endpoint=endpoint, rendezvous=nowhere)
         hook.ckpt_pause(endpoint=endpoint, mode=PauseMode.ABORT)
-        other = endpoint_of(server)
         attaching = Background(lambda: hook.ckpt_attach(endpoint=other, rendezvous=nowhere))
-        while server.status()["state"] != "updating":
-            pass
+        wait_status(server, state="updating")
         for refused in ("/resume", "/flush_cache", "/sleep", "/wake", "/pause"):
             assert server.post(refused).status_code == 409
         with pytest.raises(EngineStateError, match="updating"):
             hook.ckpt_attach(endpoint=endpoint, rendezvous=nowhere)
         attaching.result()
-        other.close()
         assert hook.ckpt_ready(endpoint=endpoint).state is EndpointState.PAUSED
         server.post("/sleep").raise_for_status()
         with pytest.raises(EngineStateError, match="asleep"):
@@ -255,7 +263,6 @@ def test_attach_is_refused_unless_paused_and_awake(model: Path) -> None:
         with pytest.raises(EngineStateError, match="waiting_for_weights"):
             hook.ckpt_resume(endpoint=endpoint, version=None)
         assert server.client.get("/health").status_code == 503
-        endpoint.close()
 
 
 def test_unknown_modes_levels_and_tags_are_bad_requests(server: ReferenceServer) -> None:
@@ -286,14 +293,10 @@ def test_waiting_server_is_not_healthy_and_refuses(model: Path) -> None:
         assert (health.status_code, health.json()["state"]) == (503, "waiting_for_weights")
         assert server.client.post("/generate", json={"prompt": "w5"}).status_code == 503
         assert server.status()["version"] == ""
-        without = Endpoint(url=server.url, engine="reference")
-        with pytest.raises(EngineError, match="401"):
-            hook.ckpt_ready(endpoint=without)
-        token = EndpointOptions(bearer_token="s3cret")  # noqa: S106
-        endpoint = Endpoint(url=server.url, engine="reference", options=token)
-        assert hook.ckpt_ready(endpoint=endpoint).state is EndpointState.WAITING_FOR_WEIGHTS
-        without.close()
-        endpoint.close()
+        with closing(endpoint_of(server)) as endpoint, pytest.raises(EngineError, match="401"):
+            hook.ckpt_ready(endpoint=endpoint)
+        with closing(endpoint_of(server, bearer_token="s3cret")) as endpoint:  # noqa: S106
+            assert hook.ckpt_ready(endpoint=endpoint).state is EndpointState.WAITING_FOR_WEIGHTS
 
 
 def test_killed_rank_is_noticed_and_nothing_hangs(model: Path) -> None:
@@ -313,15 +316,13 @@ def test_rank_killed_while_idle_is_noticed(model: Path) -> None:
     with ReferenceServer(model) as server:
         os.kill(server.rank_pids[0], signal.SIGKILL)
         wait_gone(*server.rank_pids)
-        while server.status()["state"] == "serving":
-            pass
-        endpoint = endpoint_of(server)
-        status = hook.ckpt_ready(endpoint=endpoint)
-        assert status.state is EndpointState.DEAD
-        assert f"pid {server.rank_pids[0]}" in status.detail
-        with pytest.raises(EngineUnavailable, match="dead"):
-            hook.ckpt_pause(endpoint=endpoint, mode=PauseMode.ABORT)
-        endpoint.close()
+        wait_status(server, state="dead")
+        with closing(endpoint_of(server)) as endpoint:
+            status = hook.ckpt_ready(endpoint=endpoint)
+            assert status.state is EndpointState.DEAD
+            assert f"pid {server.rank_pids[0]}" in status.detail
+            with pytest.raises(EngineUnavailable, match="dead"):
+                hook.ckpt_pause(endpoint=endpoint, mode=PauseMode.ABORT)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -25,7 +25,7 @@ from ckpt_core.contract import (
     PauseMode,
     Rendezvous,
 )
-from ckpt_core.errors import CkptError, EngineError, EngineStateError, EngineUnavailable
+from ckpt_core.errors import CkptError, EngineStateError, EngineUnavailable
 
 T = TypeVar("T")
 _STOP_TIMEOUT_S = 3.0
@@ -262,8 +262,8 @@ class Engine:
         ready = wait([self._wake_read, *self._pool.pipes])
         if self._wake_read in ready:
             os.read(self._wake_read, 4096)
-        elif ready:
-            raise self._pool.lost() or EngineError("a rank spoke without being asked; restart the engine")
+        else:
+            raise self._pool.explain(ready[0])
 
     def _free(self) -> None:
         with self._lock:

@@ -14,8 +14,9 @@ from ckpt_conformance.harness import Harness, Server
 from ckpt_conformance.levels import ModelKind
 from ckpt_conformance.models.tiny import make_tiny
 from ckpt_conformance.reference import plugin as reference_plugin
+from ckpt_conformance.reference.options import WorkerOptions
 from ckpt_conformance.reference.parallel import TpGroup
-from ckpt_conformance.reference.worker import ENGINE_NAME, Worker, WorkerOptions
+from ckpt_conformance.reference.worker import Worker
 from ckpt_core.api import Target
 from ckpt_core.contract import AttachResult, Rendezvous
 from ckpt_core.plugins import EnginePlugin
@@ -23,8 +24,8 @@ from ckpt_core.plugins import EnginePlugin
 _MODELS: dict[ModelKind, dict[str, Any]] = {
     ModelKind.PLAIN: {"arch": "llama"},
     ModelKind.TIED: {"arch": "qwen3", "tied": True},
-    ModelKind.EXPERTS: {"arch": "qwen3_moe", "experts": 4},
-    ModelKind.QUANTISED: {"arch": "qwen3_moe", "experts": 4},
+    ModelKind.EXPERTS: {"arch": "qwen3_moe", "experts": 4, "layers": 1},
+    ModelKind.QUANTISED: {"arch": "qwen3_moe", "experts": 4, "layers": 1},
     ModelKind.ODD_SIZES: {
         "arch": "qwen3",
         "vocab": 61,
@@ -47,7 +48,7 @@ class ReferenceHarness(Harness):
         implementation: the module or object with its hooks.
     """
 
-    engine = ENGINE_NAME
+    engine = reference_plugin.ENGINE
     plugin_module = reference_plugin.__name__
     engine_modules = ("torch", "ckpt_conformance.reference.worker")
     kinds = frozenset(ModelKind)
@@ -61,7 +62,7 @@ class ReferenceHarness(Harness):
         return EnginePlugin(self.implementation, name=self.engine)
 
     def checkpoint(self, directory: Path, kind: ModelKind, seed: int) -> Path:
-        """Random weights; two layers of some ten tensors."""
+        """Random weights; one or two layers of some ten tensors."""
         return make_tiny(directory, seed=seed, **_MODELS[kind])
 
     def make_worker(self, checkpoint: Path, kind: ModelKind) -> Worker:

@@ -74,10 +74,14 @@ class RankPool:
                 raise self._lost(rank) from error
         return self._accept(self._gather(timeout_s or self.options.step_timeout_s))
 
-    def lost(self) -> PeerLost | None:
-        """The first rank whose process ended, as an error."""
-        ended = (rank for rank, process in enumerate(self._processes) if process.poll() is not None)
-        return next((self._lost(rank) for rank in ended), None)
+    def explain(self, pipe: object) -> EngineError | PeerLost:
+        """Why a pipe is readable although nothing was asked."""
+        assert isinstance(pipe, Connection)
+        try:
+            rank, _ = self._read(pipe)
+        except PeerLost as error:
+            return error
+        return EngineError(f"rank {rank} spoke without being asked; restart the engine")
 
     def close(self) -> None:
         """End all ranks: asked first, killed when they do not go. Only from the thread that calls."""
