@@ -1,0 +1,25 @@
+"""Who a rank is."""
+
+from __future__ import annotations
+
+from ckpt_conformance.bench import Bench
+from ckpt_conformance.checks.registry import CheckFailed, check
+
+
+@check(
+    "identify_stable",
+    rule="ckpt_identify says the same before and after an update, and another instance for another start of the engine.",
+    usual_cause="An id made anew at each call, or a fixed one.",
+)
+def identify_stable(bench: Bench) -> None:
+    """Before, during and after."""
+    worker, other = bench.worker(), bench.worker()
+    first = bench.hook.ckpt_identify(worker=worker)
+    bench.update(worker, 1)
+    again = bench.hook.ckpt_identify(worker=worker)
+    if first != again:
+        raise CheckFailed(expected=f"the same as before the update: {first}", got=str(again))
+    if not 0 <= first.rank < first.world_size:
+        raise CheckFailed(expected=f"a rank below {first.world_size}", got=str(first.rank))
+    if bench.hook.ckpt_identify(worker=other).instance_id == first.instance_id:
+        raise CheckFailed(expected="another instance_id for another instance", got=repr(first.instance_id))

@@ -1,0 +1,96 @@
+"""`ckpt-conformance`: does an engine's plugin keep the contract?"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ckpt_conformance import report as forms
+from ckpt_conformance.checks.registry import Check
+from ckpt_conformance.levels import Level, Tier
+from ckpt_conformance.runner import Runner, find_harness, select
+from ckpt_core.errors import CkptError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class LevelName(str, Enum):
+    """Levels as the command line spells them."""
+
+    CORE = "CORE"
+    VERIFIED = "VERIFIED"
+    TRANSACTIONAL = "TRANSACTIONAL"
+    SHARDED = "SHARDED"
+
+
+@app.command()
+def conformance(  # noqa: PLR0917 typer makes options of them, never positions
+    engine: Annotated[str, typer.Option(help="Engine whose installed harness is used.")] = "reference",
+    level: Annotated[LevelName, typer.Option(help="Checks up to this level.", case_sensitive=False)] = LevelName.CORE,
+    tier: Annotated[list[Tier] | None, typer.Option(help="Only this tier; may be given several times.")] = None,
+    check: Annotated[list[str] | None, typer.Option(help="Only this check; may be given several times.")] = None,
+    harness: Annotated[str, typer.Option(help="Harness to use, as module:object.")] = "",
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the results as JUnit XML.")] = None,
+    try_all: Annotated[bool, typer.Option("--try", help="Run checks of unclaimed capabilities, too.")] = False,
+    list_checks: Annotated[bool, typer.Option("--list", help="List the checks and their rules.")] = False,
+    mutants: Annotated[bool, typer.Option("--mutants", help="Show that each broken engine is caught.")] = False,
+) -> None:
+    """Run the conformance checks on an engine's plugin.
+
+    Exit code: 0 all passed or skipped or known; 1 a failure, or a known failure that passes; 2 and more: not run.
+    """
+    torch.set_num_threads(1)  # tiny tensors: more threads only get in each other's way
+    if mutants:
+        raise typer.Exit(0 if _run_mutants() else 1)
+    checks = select(Level[level.value], tier or (), check or ())
+    if list_checks:
+        _list(checks)
+        return
+    report = Runner(
+        find_harness(engine, harness), try_all=try_all, on_result=lambda result: typer.echo(forms.result_line(result))
+    ).run(checks)
+    for path, form in ((json, forms.to_json), (markdown, forms.to_markdown), (junit, forms.to_junit)):
+        if path is not None:
+            path.write_text(form(report), encoding="utf-8")
+    for line in forms.closing_lines(report):
+        typer.echo(line)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the script."""
+    try:
+        app()
+    except CkptError as error:
+        typer.echo(f"ckpt-conformance: {error}", err=True)
+        raise SystemExit(max(2, error.exit_code)) from None
+
+
+def _list(checks: list[Check]) -> None:
+    for check in checks:
+        needs = ", ".join(sorted(capability.name for capability in check.needs))
+        typer.echo(f"{check.check_id}  [{check.tier.value}{f'; needs {needs}' if needs else ''}]\n    {check.rule}")
+    typer.echo(f"{len(checks)} checks")
+
+
+def _run_mutants() -> bool:
+    from ckpt_conformance.mutants.catalogue import MUTANTS, run_mutant
+
+    verdicts = []
+    for mutant in MUTANTS:
+        verdict = run_mutant(mutant)
+        verdicts.append(verdict.ok)
+        typer.echo(f"{'caught' if verdict.ok else 'MISSED':7} {mutant.name}: {verdict.text}  ({verdict.seconds:.1f} s)")
+    typer.echo(f"{sum(verdicts)} caught, {len(verdicts) - sum(verdicts)} missed")
+    return all(verdicts)
+
+
+if __name__ == "__main__":
+    main()
