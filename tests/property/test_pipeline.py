@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ckpt_core.cpu import CpuDevice
 from ckpt_core.layout import Box, Layout, LayoutEntry
 from ckpt_core.manifest import Manifest
-from ckpt_core.pipeline import receive, send
+from ckpt_core.pipeline import Outgoing, receive, send
 from ckpt_core.plan import check_plan, make_plan
 from ckpt_core.polling import Poller
 from ckpt_core.source import stage_tensors
@@ -95,7 +95,7 @@ def transfer(plan, manifest, pool, holds):
     def agent(owner):
         faults = Faults(hold={seq: Gate(looks) for seq, looks in holds.items()})
         writer = LocalRingWriter(rings[owner], faults)
-        send(plan, owner, pool=pool, manifest=manifest, writer=writer, poller=poller())
+        send(Outgoing.of(plan, owner, pool, manifest), writer=writer, poller=poller())
 
     def rank(receiver):
         def consume(step, reader):

@@ -1,4 +1,5 @@
 """Whatever bytes come in: an envelope or a WireError, never another exception."""
+# ruff: noqa: S106 (tokens of these tests are no secrets)
 
 import contextlib
 import typing
@@ -19,7 +20,7 @@ PLAN = make_plan(MANIFEST, [whole_layout(MANIFEST)], agents=1, ring_bytes=1024, 
 FRAMES = tuple(
     wire.encode(body, token="t", seq=1)
     for body in (
-        wire.Send(plan=PLAN, manifest=MANIFEST, timeout_s=1.0),
+        wire.OpenRing(plan=PLAN, manifest=MANIFEST),
         wire.AskLayout(manifest=MANIFEST),
         wire.LayoutReply(layout=whole_layout(MANIFEST)),
         wire.Failure(error="PlanError", message="no", phase="plan"),

@@ -18,7 +18,9 @@ from ckpt_core.agents import AgentGroup
 from ckpt_core.channel import Hub
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import CkptError, ManifestError, PeerLost
-from ckpt_core.manifest import content_digest
+from ckpt_core.layout import whole_layout
+from ckpt_core.manifest import Manifest, content_digest
+from ckpt_core.plan import make_plan
 from ckpt_core.source import stage_tensors
 
 WAIT_S = 30.0
@@ -59,15 +61,23 @@ def index(tmp_path):
     return stage_tensors(tensors, tmp_path)
 
 
+def open_rings(group, index, ring_bytes):
+    pool = group.prepare(index, timeout_s=WAIT_S)
+    manifest = Manifest.from_index(index, pool.digests)
+    layouts = [whole_layout(manifest)] * 3
+    plan = make_plan(manifest, layouts, agents=len(group.peers), ring_bytes=ring_bytes, bucket_bytes=4096)
+    return group.open_rings(plan, manifest, timeout_s=WAIT_S)
+
+
 def test_agents_share_the_digests(group_of, index):
     pool = group_of(2).prepare(index, timeout_s=WAIT_S)
     assert pool.digests == {name: content_digest(bytes([number]) * 1000) for number, name in enumerate("abcde")}
 
 
-def test_rings_are_made_anew_and_given_back(group_of, tmp_path):
+def test_rings_are_made_anew_and_given_back(group_of, index, tmp_path):
     group = group_of(2)
     for ring_bytes in (4096, 8192):
-        offers = group.open_rings(ring_bytes=ring_bytes, receivers=3, timeout_s=WAIT_S)
+        offers = open_rings(group, index, ring_bytes)
         assert [(offer.owner, offer.size_bytes) for offer in offers] == [(0, ring_bytes), (1, ring_bytes)]
         assert all(Path(offer.handle).stat().st_size == ring_bytes for offer in offers)
     group.close_rings(timeout_s=WAIT_S)
@@ -75,9 +85,9 @@ def test_rings_are_made_anew_and_given_back(group_of, tmp_path):
     assert list((tmp_path / "memory").rglob("*-[01]")) == []
 
 
-def test_stop_leaves_no_process_and_no_memory(group_of, tmp_path):
+def test_stop_leaves_no_process_and_no_memory(group_of, index, tmp_path):
     group = group_of(2)
-    group.open_rings(ring_bytes=4096, receivers=1, timeout_s=WAIT_S)
+    open_rings(group, index, 4096)
     assert group.alive
     group.stop()
     assert not group.alive
@@ -110,13 +120,13 @@ def test_what_an_agent_has_no_use_for_is_refused(group_of, talk):
 
 def test_a_killed_agent_is_noticed_and_another_group_takes_over(group_of, index):
     group = group_of()
-    group.open_rings(ring_bytes=4096, receivers=1, timeout_s=WAIT_S)
+    open_rings(group, index, 4096)
     os.kill(group.pids[0], signal.SIGKILL)
     with pytest.raises(PeerLost, match="agent 0 died"):
         group.prepare(index, timeout_s=WAIT_S)
     group.stop()
     other = group_of()
-    assert other.open_rings(ring_bytes=8192, receivers=1, timeout_s=WAIT_S)[0].size_bytes == 8192
+    assert open_rings(other, index, 8192)[0].size_bytes == 8192
 
 
 def test_a_stopped_agent_is_killed_in_the_end(group_of, monkeypatch):
@@ -136,7 +146,7 @@ def start(tmp_path):
         hub.allow("t")
 
         def start(**changes):
-            config = AgentConfig(address=hub.address, token="t", index=0, directory=str(tmp_path))  # noqa: S106
+            config = AgentConfig(address=hub.address, token="t", index=0, count=1, directory=str(tmp_path))  # noqa: S106
             child = subprocess.Popen(
                 [sys.executable, "-m", "ckpt_core.agent"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
             )

@@ -1,4 +1,5 @@
 """The command line: frozen options, exit codes, JSON, and one message without a traceback for every error."""
+# ruff: noqa: PLR0917 (arguments are fixtures)
 
 import json
 

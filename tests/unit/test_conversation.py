@@ -76,16 +76,16 @@ def test_everybody_is_asked_and_answers_once(talk, dial):
     peers = [admit(talk, dial, number) for number in range(3)]
 
     def answer(line):
-        ask = line.expect(wire.OpenRing)
-        line.send(wire.Progress(done_bytes=ask.receivers))
-        line.send(msgspec.structs.replace(OPENED, offer=msgspec.structs.replace(OPENED.offer, owner=ask.receivers)))
+        number = int(line.expect(wire.Commit).version)
+        line.send(wire.Progress(done_bytes=number))
+        line.send(msgspec.structs.replace(OPENED, offer=msgspec.structs.replace(OPENED.offer, owner=number)))
 
     progress = []
     talk.on_progress = lambda name, message: progress.append((name, message.done_bytes))
     threads = [threading.Thread(target=answer, args=(line,)) for _, line in peers]
     for thread in threads:
         thread.start()
-    asks = {peer: wire.OpenRing(ring_bytes=1, receivers=number) for number, (peer, _) in enumerate(peers)}
+    asks = {peer: wire.Commit(version=str(number), digest="") for number, (peer, _) in enumerate(peers)}
     replies = talk.ask(asks, wire.RingOpened, timeout_s=WAIT_S)
     for thread in threads:
         thread.join()
@@ -197,7 +197,7 @@ def test_a_watch_ends_the_wait(talk, dial):
 
 
 def test_everybody_hears_pings_until_forgotten(talk, dial, hub):
-    first, line = admit(talk, dial, 0)
+    first, _ = admit(talk, dial, 0)
     second, _ = admit(talk, dial, 1)
     sent = []
     hub.send = lambda peer, body: sent.append((peer, type(body)))

@@ -1,4 +1,5 @@
 """HTTP calls to engines: answers and refusals of a server in this process, mapped to typed errors."""
+# ruff: noqa: S106 (tokens of these tests are no secrets)
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -33,7 +33,7 @@ CLASSES = {name: kind for name, kind in vars(errors).items() if inspect.isclass(
 
 
 def test_every_error_has_its_exit_code():
-    assert EXIT_CODES == {name: kind.exit_code for name, kind in CLASSES.items() if kind is not UpdateAborted}
+    assert {name: kind.exit_code for name, kind in CLASSES.items() if kind is not UpdateAborted} == EXIT_CODES
 
 
 @pytest.mark.parametrize(("outcome", "code"), [(Outcome.CLEAN, 10), (Outcome.RESTORED, 11), (Outcome.POISONED, 12)])

@@ -10,7 +10,7 @@ from ckpt_core.cpu import CpuDevice
 from ckpt_core.errors import CkptError, PeerLost, TransferTimeout, TransportError, VerificationError
 from ckpt_core.layout import Box, Layout, LayoutEntry, whole_layout
 from ckpt_core.manifest import Manifest
-from ckpt_core.pipeline import receive, send
+from ckpt_core.pipeline import Outgoing, receive, send
 from ckpt_core.plan import make_plan
 from ckpt_core.polling import Poller
 from ckpt_core.source import stage_tensors
@@ -64,7 +64,8 @@ class Transfer:
         self.errors = {}
         self.stats = {}
         self.steps = [[] for _ in range(plan.receivers)]
-        self.arrival = [ArrivalDigest() for _ in range(plan.receivers)]
+        expected = [tensor.digest for tensor in manifest.tensors]
+        self.arrival = [ArrivalDigest(expected) for _ in range(plan.receivers)]
         self.before_consume = lambda _receiver, _step: None
 
     def run(self):
@@ -100,9 +101,8 @@ class Transfer:
 
     def _send(self, owner):
         writer = LocalRingWriter(self.rings[owner], self.faults.get(owner))
-        self.stats[owner] = send(
-            self.plan, owner, pool=self.pool, manifest=self.manifest, writer=writer, poller=self._poller()
-        )
+        outgoing = Outgoing.of(self.plan, owner, self.pool, self.manifest)
+        self.stats[owner] = send(outgoing, writer=writer, poller=self._poller())
 
     def _receive(self, receiver):
         readers = [LocalRingReader(ring, receiver=receiver) for ring in self.rings]
@@ -112,7 +112,7 @@ class Transfer:
             self.steps[receiver].append(step.index)
             for piece in step.bucket.pieces:
                 view = reader.view(step.ring_offset_bytes + piece.offset_bytes, piece.size_bytes)
-                self.arrival[receiver].add(self.manifest.tensors[piece.tensor], view)
+                self.arrival[receiver].add(piece.tensor, self.manifest.tensors[piece.tensor], view)
 
         receive(self.plan, receiver, readers=readers, consume=consume, poller=self._poller())
 
@@ -209,7 +209,7 @@ def test_a_rank_that_never_reads_stops_the_agent_until_its_deadline(checkpoint):
     writer = LocalRingWriter(LocalRing(owner=0, receivers=1, ring_bytes=plan.ring_bytes))
     poller = Poller(check=lambda: None, deadline=time.monotonic() + SHORT_S, expired=TransferTimeout)
     with pytest.raises(TransferTimeout, match="room in the ring of agent 0 for bucket 1"):
-        send(plan, 0, pool=pool, manifest=manifest, writer=writer, poller=poller)
+        send(Outgoing.of(plan, 0, pool, manifest), writer=writer, poller=poller)
     assert writer.done() == 0
 
 
@@ -219,7 +219,7 @@ def test_an_agent_waits_for_the_last_bucket_to_be_read(checkpoint):
     writer = LocalRingWriter(LocalRing(owner=0, receivers=1, ring_bytes=plan.ring_bytes))
     poller = Poller(check=lambda: None, deadline=time.monotonic() + SHORT_S, expired=TransferTimeout)
     with pytest.raises(TransferTimeout, match="the ranks to read agent 0's last bucket"):
-        send(plan, 0, pool=pool, manifest=manifest, writer=writer, poller=poller)
+        send(Outgoing.of(plan, 0, pool, manifest), writer=writer, poller=poller)
 
 
 def test_a_bucket_that_is_never_published_ends_by_the_deadline_on_both_sides(checkpoint):
@@ -276,10 +276,7 @@ def test_an_abort_stops_a_busy_agent_in_the_middle(checkpoint):
 
     with pytest.raises(TransportError, match="aborted"):
         send(
-            plan,
-            0,
-            pool=pool,
-            manifest=manifest,
+            Outgoing.of(plan, 0, pool, manifest),
             writer=LocalRingWriter(ring),
             poller=Poller(check=abort, deadline=time.monotonic() + LONG_S, expired=TransferTimeout),
         )
