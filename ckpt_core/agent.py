@@ -108,10 +108,11 @@ class Agent:
         locked_bytes, lock_s = self._pool.adopt(message.index)
         start = told = time.perf_counter()
         digests: dict[str, str] = {}
+        sizes = {extent.name: extent.size_bytes for extent in message.index.extents}
         size = 0
         for name in message.digest:
             digests[name] = self._pool.digest(name)
-            size += self._pool.tensor(name).size
+            size += sizes[name]
             if time.perf_counter() - told > _PROGRESS_EVERY_S:
                 told = time.perf_counter()
                 self._line.send(wire.Progress(done_bytes=size))

@@ -101,11 +101,12 @@ class AgentGroup:
         for index, peer in enumerate(self._peers):
             self._conversation.introduce(peer, hellos[peer].process, f"agent {index}")
 
-    def prepare(self, index: SourceIndex, *, timeout_s: float) -> PreparedPool:
-        """Map the checkpoint in every agent, fit for its device; each digests its share."""
+    def prepare(self, index: SourceIndex, *, digest: bool, timeout_s: float) -> PreparedPool:
+        """Map the checkpoint in every agent, fit for its device; each digests its share, if asked."""
         shares = _shares(index, len(self._peers))
         asks: Mapping[bytes, wire.AnyMessage] = {
-            peer: wire.Prepare(index=index, digest=share) for peer, share in zip(self._peers, shares, strict=True)
+            peer: wire.Prepare(index=index, digest=share if digest else ())
+            for peer, share in zip(self._peers, shares, strict=True)
         }
         replies = self._conversation.ask(asks, wire.Prepared, timeout_s=timeout_s).values()
         return PreparedPool(

@@ -7,18 +7,22 @@ rings and content digests are new. A plan of 4695 tensors takes a tenth of a sec
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ckpt_core import wire
 from ckpt_core.agents import AgentGroup
 from ckpt_core.config import UpdateConfig
+from ckpt_core.contract import DeviceKind
 from ckpt_core.conversation import Conversation
-from ckpt_core.errors import PlanError
+from ckpt_core.errors import CapacityError, PlanError
 from ckpt_core.layout import check_coverage
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan, make_plan
 
+_log = logging.getLogger(__name__)
+_LEAST_RING_BYTES = 1 << 20
 RankKey = tuple[int, str, int]  # endpoint of the update, engine instance, rank
 
 
@@ -38,6 +42,11 @@ class KnownPlan:
         )
 
 
+def version_digest(manifest: Manifest) -> str:
+    """What a version is bound to: the content, or the structure where the content was not digested."""
+    return manifest.digest if manifest.has_content else f"structure-{manifest.structure_digest}"
+
+
 def rank_keys(hellos: Mapping[bytes, wire.RankHello]) -> tuple[RankKey, ...]:
     """Who they are, in order."""
     return tuple((hello.endpoint_index, hello.rank.instance_id, hello.rank.rank) for hello in hellos.values())
@@ -51,6 +60,7 @@ class Terms:
     version: str
     manifest: Manifest
     config: UpdateConfig
+    device_kind: DeviceKind
 
 
 class Agreement:
@@ -95,17 +105,31 @@ class Agreement:
         return [replies[peer] for peer in self._hellos]
 
     def agree_on_new(self, layouts: list[wire.LayoutReply]) -> Plan:
-        """Plan, and have everybody take it."""
-        config = self._terms.config
-        plan = make_plan(
-            self._terms.manifest,
-            [reply.layout for reply in layouts],
-            agents=len(self._agents.peers),
-            ring_bytes=config.ring_bytes,
-            bucket_bytes=config.bucket_bytes,
-        )
-        self._offer(plan, known=False)
-        return plan
+        """Plan, and have everybody take it; with half the ring, and half again, where a device has no room for it.
+
+        Raises:
+            CapacityError: not even one bucket fits.
+        """
+        ring_bytes, bucket_bytes = self._terms.config.ring_for(self._terms.device_kind)
+        while True:
+            plan = make_plan(
+                self._terms.manifest,
+                [reply.layout for reply in layouts],
+                agents=len(self._agents.peers),
+                ring_bytes=ring_bytes,
+                bucket_bytes=bucket_bytes,
+            )
+            try:
+                self._offer(plan, known=False)
+            except CapacityError:
+                if plan.ring_grew or ring_bytes // 2 < _LEAST_RING_BYTES:
+                    raise
+                _log.warning("no room for a ring of %d bytes; trying half of it", ring_bytes)
+                self._agents.close_rings(timeout_s=self._timeout_s)
+                ring_bytes //= 2
+                bucket_bytes = min(bucket_bytes, ring_bytes)
+            else:
+                return plan
 
     def agree_on_known(self, plan: Plan) -> None:
         """Have everybody take the plan of the last update again."""
@@ -138,8 +162,8 @@ class Agreement:
             receiver=receiver,
             update_id=terms.update_id,
             version=terms.version,
-            digest=terms.manifest.digest,
-            verify=terms.config.verify.value,
+            digest=version_digest(terms.manifest),
+            verify=terms.config.verify_on(terms.device_kind).value,
             fingerprint=terms.config.fingerprint,
             transfer_timeout_s=terms.config.transfer_timeout_s,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,14 @@ from ckpt_core.agreement import KnownPlan
 from ckpt_core.channel import Hub
 from ckpt_core.config import Environment, UpdateConfig
 from ckpt_core.conversation import Conversation
+from ckpt_core.device_source import export_tensors
 from ckpt_core.endpoint import Endpoint, EndpointOptions
 from ckpt_core.errors import CkptError
 from ckpt_core.fleet import EndpointLocks, Fleet, Member
 from ckpt_core.metrics import Stage, UpdateReport
 from ckpt_core.session import OnProgress, Session
 from ckpt_core.shm import private_directory, remove_directory
-from ckpt_core.source import SourceIndex, open_checkpoint, stage_tensors
+from ckpt_core.source import SourceIndex, open_checkpoint, restage_tensors, stage_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     Checkpoint = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, torch.Tensor]
 
+_log = logging.getLogger(__name__)
 _JOIN_TIMEOUT_S = 60.0
 _AGENT_SILENCE_S = 24 * 3600.0  # between updates nobody talks; agents notice their parent's end by their standard input
 
@@ -81,6 +84,7 @@ class Updater:
         self._exit.callback(self._fleet.close)
         self._agents: AgentGroup | None = None
         self._known_plan: KnownPlan | None = None
+        self._staged: SourceIndex | None = None
 
     def __enter__(self) -> Updater:
         sockets = private_directory(self._environment.socket_root, "ckpt-")
@@ -167,11 +171,15 @@ class Updater:
         if not isinstance(checkpoint, Mapping):
             yield open_checkpoint(checkpoint)
             return
-        directory = private_directory(self._memory, "pool-")
-        try:
-            yield stage_tensors(checkpoint, directory)
-        finally:
-            remove_directory(directory)
+        if checkpoint and all(tensor.is_cuda for tensor in checkpoint.values()):
+            exported = export_tensors(checkpoint)
+            if exported is not None:
+                yield exported.index
+                return
+            _log.warning("this process's GPU memory cannot be exported (allocator settings); going over host memory")
+        staged = None if self._staged is None else restage_tensors(checkpoint, self._staged)
+        self._staged = staged or stage_tensors(checkpoint, private_directory(self._memory, "pool-"))
+        yield self._staged
 
 
 def update(

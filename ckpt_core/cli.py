@@ -56,10 +56,10 @@ def update(
     allow_stale_cache: Annotated[bool, typer.Option("--allow-stale-cache")] = False,
     allow_missing: Annotated[bool, typer.Option("--allow-missing")] = False,
     allow_unexpected: Annotated[bool, typer.Option("--allow-unexpected")] = False,
-    verify: Annotated[VerifyLevel, typer.Option(help="How the update proves itself.")] = VerifyLevel.ARRIVAL,
+    verify: Annotated[VerifyLevel, typer.Option(help="How the update proves itself.")] = VerifyLevel.AUTO,
     fingerprint: Annotated[bool, typer.Option(help="Digest the live weights of every rank.")] = True,
-    ring_mib: Annotated[int, typer.Option(min=1, help="Ring of each agent, MiB.")] = 16,
-    bucket_mib: Annotated[int, typer.Option(min=1, help="Bytes that travel together, MiB.")] = 4,
+    ring_mib: Annotated[int, typer.Option(min=0, help="Ring of each agent, MiB; 0: 16 on CPU, 128 on a GPU.")] = 0,
+    bucket_mib: Annotated[int, typer.Option(min=0, help="What travels together, MiB; 0: a quarter of the ring.")] = 0,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the transfer, seconds.")] = 600.0,
     pause_timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the pause, seconds.")] = 120.0,
     json: JsonOption = None,
@@ -68,7 +68,7 @@ def update(
     """Put the weights of a checkpoint into running engines, in place."""
     config = UpdateConfig(
         ring_bytes=ring_mib * MIB,
-        bucket_bytes=min(bucket_mib, ring_mib) * MIB,
+        bucket_bytes=bucket_mib * MIB,
         pause_mode=pause_mode,
         allow_stale_cache=allow_stale_cache,
         verify=verify,

@@ -8,16 +8,22 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from ckpt_core.contract import PauseMode
+from ckpt_core.contract import DeviceKind, PauseMode
 from ckpt_core.errors import ConfigError
 
 MIB = 1 << 20
+_RING_BYTES = {DeviceKind.CPU: 16 * MIB, DeviceKind.CUDA: 128 * MIB}
 _SOCKET_PATH_LIMIT = 90  # sockaddr_un takes 107 bytes; the names of the sockets are added to the directory
 
 
 class VerifyLevel(Enum):
-    """How an update proves itself. NONE: not at all. ARRIVAL: every rank digests what arrives (DESIGN section 9)."""
+    """How an update proves itself.
 
+    NONE: not at all. ARRIVAL: every rank digests what arrives, before its loader sees it. AUTO: the strongest level that all
+    engines of the update can do; on GPUs, until digests are computed there, that is NONE, and the report says so.
+    """
+
+    AUTO = "auto"
     NONE = "none"
     ARRIVAL = "arrival"
 
@@ -27,11 +33,14 @@ class UpdateConfig:
     """Options of one update; every wait in it ends by one of these deadlines.
 
     Attributes:
-        ring_bytes: device memory of the ring of each agent; grows where one tensor is larger and may not be cut.
-        bucket_bytes: bytes that travel together.
+        ring_bytes: device memory of the ring of each agent; 0 for 16 MiB on CPU (it stays in the cache) and 128 MiB on a GPU.
+            Grows where one tensor is larger and may not be cut; halves where the device has no room for it.
+        bucket_bytes: bytes that travel together; 0 for a quarter of the ring.
         pause_mode: what happens to requests in flight.
         allow_stale_cache: accept that requests in flight go on with a KV cache of the old weights (keep, in_place).
         verify: see VerifyLevel.
+        digest_content: digest the checkpoint before the pause: its version is then bound to its content. Without it there is
+            no ARRIVAL, and the version's digest is that of names, dtypes and shapes.
         fingerprint: digest the live weights of every rank after the load, and report them.
         allow_missing, allow_unexpected: take a checkpoint that lacks tensors of the engine, or has others.
         prepare_timeout_s: reading and digesting the checkpoint.
@@ -42,12 +51,13 @@ class UpdateConfig:
         commit_timeout_s: commit, flush and resume.
     """
 
-    ring_bytes: int = 16 * MIB
-    bucket_bytes: int = 4 * MIB
+    ring_bytes: int = 0
+    bucket_bytes: int = 0
     pause_mode: PauseMode = PauseMode.WAIT
     allow_stale_cache: bool = False
-    verify: VerifyLevel = VerifyLevel.ARRIVAL
+    verify: VerifyLevel = VerifyLevel.AUTO
     fingerprint: bool = True
+    digest_content: bool = True
     allow_missing: bool = False
     allow_unexpected: bool = False
     prepare_timeout_s: float = 600.0
@@ -59,18 +69,37 @@ class UpdateConfig:
 
     def __post_init__(self) -> None:
         for name in ("ring_bytes", "bucket_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be positive, or 0 to choose for you, got {getattr(self, name)}")
+        if self.verify is VerifyLevel.ARRIVAL and not self.digest_content:
+            raise ConfigError("verify=ARRIVAL compares with content digests: it needs digest_content")
         if self.pause_mode in (PauseMode.KEEP, PauseMode.IN_PLACE) and not self.allow_stale_cache:
             raise ConfigError(
                 f"pause mode {self.pause_mode.value} leaves requests in flight with a cache of the old weights; use abort, wait or "
                 "retract, or accept it with allow_stale_cache (--allow-stale-cache)"
             )
-        if self.bucket_bytes > self.ring_bytes:
+        if self.ring_bytes and self.bucket_bytes > self.ring_bytes:
             raise ConfigError(f"bucket_bytes {self.bucket_bytes} does not fit into ring_bytes {self.ring_bytes}")
         for name in self.__dataclass_fields__:
             if name.endswith("_timeout_s") and not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def ring_for(self, kind: DeviceKind) -> tuple[int, int]:
+        """Bytes of ring and bucket on such a device."""
+        ring_bytes = self.ring_bytes or _RING_BYTES[kind]
+        return ring_bytes, min(self.bucket_bytes or ring_bytes // 4, ring_bytes)
+
+    def verify_on(self, kind: DeviceKind) -> VerifyLevel:
+        """The level that AUTO means there.
+
+        Raises:
+            ConfigError: a level was asked for that there is none of.
+        """
+        if self.verify is VerifyLevel.AUTO:
+            return VerifyLevel.ARRIVAL if kind is DeviceKind.CPU and self.digest_content else VerifyLevel.NONE
+        if self.verify is VerifyLevel.ARRIVAL and kind is not DeviceKind.CPU:
+            raise ConfigError("verify=ARRIVAL is not built for GPUs yet; use auto or none")
+        return self.verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

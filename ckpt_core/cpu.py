@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_core.device import CPU, HostBytes, Mark, Unlock
+from ckpt_core.device import CPU, DevicePart, HostBytes, Mark, Unlock
+from ckpt_core.errors import ConfigError
 from ckpt_core.shm import SharedFile
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ class CpuBuffer:
         self.handle = str(file.path)
         self.size_bytes = file.size_bytes
 
-    def write(self, offset_bytes: int, source: HostBytes) -> None:
+    def write(self, offset_bytes: int, source: HostBytes | DevicePart) -> None:
         """Copy now; numpy lets other threads run meanwhile."""
+        assert not isinstance(source, DevicePart), "the pool refuses device memory for this device"
         self._file.array[offset_bytes : offset_bytes + source.size] = source
 
     def mark(self) -> Mark:
@@ -82,6 +84,14 @@ class CpuDevice:
     def lock(self, pages: HostBytes) -> Unlock:
         """Any memory is fit."""
         return _nothing
+
+    def open_region(self, handle: str) -> tuple[int, Unlock]:
+        """Refused."""
+        raise ConfigError("engines on CPU cannot take tensors from a GPU; move them to the CPU first")
+
+    def read(self, part: DevicePart) -> HostBytes:
+        """Refused."""
+        raise ConfigError("engines on CPU cannot take tensors from a GPU; move them to the CPU first")
 
     def allocate(self, size_bytes: int, directory: Path, label: str) -> CpuBuffer:
         """A shared file `label` in that directory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,14 @@ CPU = "cpu"
 Unlock = Callable[[], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePart:
+    """Bytes in the memory of an accelerator, at an address that is valid in this process."""
+
+    address: int
+    size: int
+
+
 class Mark(Protocol):
     """A point in a device's work."""
 
@@ -33,7 +42,7 @@ class Buffer(Protocol):
     handle: str
     size_bytes: int
 
-    def write(self, offset_bytes: int, source: HostBytes) -> None:
+    def write(self, offset_bytes: int, source: HostBytes | DevicePart) -> None:
         """Start a copy into it; `source` must stay as it is until a later mark is reached."""
         ...
 
@@ -69,6 +78,14 @@ class Device(Protocol):
 
     def lock(self, pages: HostBytes) -> Unlock:
         """Make host memory fit for fast copies from it; call what is returned before the memory goes."""
+        ...
+
+    def open_region(self, handle: str) -> tuple[int, Unlock]:
+        """Address of another process's device memory, and what closes it. Raises ConfigError where there is no such memory."""
+        ...
+
+    def read(self, part: DevicePart) -> HostBytes:
+        """A copy of device memory in host memory."""
         ...
 
     def allocate(self, size_bytes: int, directory: Path, label: str) -> Buffer:

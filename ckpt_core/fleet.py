@@ -103,6 +103,17 @@ class Fleet:
         """Check all members; see `Member.check`."""
         self._each(lambda member: member.check(), self.members)
 
+    def device_kind(self) -> DeviceKind:
+        """Where all members hold their weights.
+
+        Raises:
+            ConfigError: some on CPU and some not: these cannot be updated together.
+        """
+        kinds = {member.status.device_kind for member in self.members if member.status is not None}
+        if len(kinds) != 1:
+            raise ConfigError("engines on CPU and on GPUs cannot be updated together; update them apart")
+        return kinds.pop()
+
     def devices(self) -> tuple[str, ...]:
         """Devices that need an agent: one entry per rank on CPU, one per accelerator else."""
         found: list[str] = []
@@ -117,6 +128,7 @@ class Fleet:
 
     def check_options(self, config: UpdateConfig) -> None:
         """Raise ConfigError where an option asks for what a member's plugin cannot do."""
+        config.verify_on(self.device_kind())
         needed = _PAUSE_CAPABILITY[config.pause_mode]
         for member in self.members:
             support = member.plugin.info.support(needed)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ckpt_core.device import HostBytes
+from ckpt_core.device import DevicePart, HostBytes
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan, Step
 from ckpt_core.polling import Poller
@@ -30,7 +30,7 @@ class Outgoing:
     """
 
     owner: int
-    steps: tuple[tuple[Step, list[tuple[int, HostBytes]]], ...]
+    steps: tuple[tuple[Step, list[tuple[int, HostBytes | DevicePart]]], ...]
 
     @classmethod
     def of(cls, plan: Plan, owner: int, pool: HostPool, manifest: Manifest) -> Outgoing:

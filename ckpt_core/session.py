@@ -17,7 +17,7 @@ from enum import Enum
 
 from ckpt_core import wire
 from ckpt_core.agents import AgentGroup
-from ckpt_core.agreement import Agreement, KnownPlan, Terms, rank_keys
+from ckpt_core.agreement import Agreement, KnownPlan, Terms, rank_keys, version_digest
 from ckpt_core.channel import Hub
 from ckpt_core.config import UpdateConfig
 from ckpt_core.contract import AbortOutcome, Rendezvous
@@ -147,9 +147,11 @@ class Session:
         with self._watch.stage(Stage.PREPARE):
             bytes_by_agent: dict[str, int] = {}
             self._follow(Stage.PREPARE, self._index.size_bytes, bytes_by_agent)
-            self._pool = self._agents.prepare(self._index, timeout_s=self._config.prepare_timeout_s)
+            self._pool = self._agents.prepare(
+                self._index, digest=self._config.digest_content, timeout_s=self._config.prepare_timeout_s
+            )
             manifest = Manifest.from_index(self._index, self._pool.digests)
-        self._version = self._version or manifest.digest[:12]
+        self._version = self._version or version_digest(manifest).removeprefix("structure-")[:12]
         return manifest
 
     def _pause(self) -> None:
@@ -172,7 +174,13 @@ class Session:
         self._move(SessionState.ATTACHED)
 
     def _agree(self, manifest: Manifest) -> Plan:
-        terms = Terms(update_id=self.update_id, version=self._version, manifest=manifest, config=self._config)
+        terms = Terms(
+            update_id=self.update_id,
+            version=self._version,
+            manifest=manifest,
+            config=self._config,
+            device_kind=self._fleet.device_kind(),
+        )
         agreement = Agreement(self._talk, self._agents, self._hellos, terms, name=self._name)
         if self._known_plan is not None and self._known_plan.fits(manifest, self._hellos):
             with self._watch.stage(Stage.PLAN):
@@ -207,7 +215,7 @@ class Session:
         with self._watch.stage(Stage.COMMIT):
             self._talk.watches.clear()  # attach calls come back from now on
             for peer in self._hellos:
-                self._talk.tell(peer, wire.Commit(version=self._version, digest=manifest.digest))
+                self._talk.tell(peer, wire.Commit(version=self._version, digest=version_digest(manifest)))
             wanted = dict.fromkeys(self._hellos, wire.Committed)
             self._talk.gather(wanted, timeout_s=self._config.commit_timeout_s, into=self._committed)
         self._move(SessionState.COMMITTED)
@@ -318,7 +326,7 @@ class Session:
         return UpdateReport(
             update_id=self.update_id,
             version=self._version,
-            digest=manifest.digest,
+            digest=version_digest(manifest),
             outcome=Outcome.COMMITTED,
             size_bytes=manifest.size_bytes,
             tensors=len(manifest.tensors),
@@ -327,7 +335,7 @@ class Session:
             stages=self._watch.seconds,
             transfer_gb_s=plan.size_bytes / 1e9 / self._watch.seconds[Stage.TRANSFER.value],
             ring_bytes=plan.ring_bytes,
-            verified=self._config.verify.value,
+            verified=self._config.verify_on(self._fleet.device_kind()).value,
             requests_in_flight=self._in_flight,
             digest_s=self._pool.digest_s,
             locked_bytes=self._pool.locked_bytes,
@@ -345,7 +353,7 @@ class Session:
             rank=hello.rank.rank,
             device=hello.rank.device_uuid,
             version=self._version,
-            digest=manifest.digest,
+            digest=version_digest(manifest),
             fingerprint=verified.fingerprint,
             stats=verified.stats,
         )

@@ -79,8 +79,20 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRegion:
+    """An allocation in another process's device memory: the accelerator's UUID, the driver's handle in hex, its size."""
+
+    uuid: str
+    handle: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """The bytes of one tensor, row-major: `size_bytes` at `offset_bytes` of file number `file`."""
+    """The bytes of one tensor, row-major: `size_bytes` at `offset_bytes` of file number `file`.
+
+    Numbers count the index's files first, then its regions.
+    """
 
     name: str
     dtype: DType
@@ -92,10 +104,11 @@ class Extent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceIndex:
-    """A checkpoint: files, and the extent of each tensor in them, sorted by name."""
+    """A checkpoint: files, device memory, and the extent of each tensor in them, sorted by name."""
 
     files: tuple[SourceFile, ...]
     extents: tuple[Extent, ...]
+    regions: tuple[DeviceRegion, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -276,6 +289,26 @@ def stage_tensors(tensors: Mapping[str, torch.Tensor], directory: Path) -> Sourc
         with suppress(FileNotFoundError):
             path.unlink()
         raise
+
+
+def restage_tensors(tensors: Mapping[str, torch.Tensor], staged: SourceIndex) -> SourceIndex | None:
+    """Write tensors over those that `stage_tensors` staged before, or None where names, dtypes or shapes differ.
+
+    Pages stay where they are, and so do the page locks of agents. Nobody may be reading.
+    """
+    extents = _lay_out(tensors)
+    if tuple(sorted(extents, key=lambda extent: extent.name)) != staged.extents:
+        return None
+    path = Path(staged.files[0].path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        with mmap.mmap(descriptor, staged.files[0].size_bytes, flags=mmap.MAP_SHARED) as mapping:
+            _copy_in(mapping, extents, tensors)
+            mapping.flush()
+        os.utime(descriptor)  # memory file systems do not note writes through a mapping
+    finally:
+        os.close(descriptor)
+    return SourceIndex(files=(SourceFile.of(path),), extents=staged.extents)
 
 
 def _lay_out(tensors: Mapping[str, torch.Tensor]) -> list[Extent]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ckpt_core.bucket import Bucket
-from ckpt_core.device import Device, HostBytes, Unlock
+from ckpt_core.device import Device, DevicePart, HostBytes, Unlock
 from ckpt_core.errors import ManifestError
 from ckpt_core.layout import Box
 from ckpt_core.manifest import Manifest, content_digest
@@ -63,6 +63,8 @@ class HostPool:
         self._index = SourceIndex(files=(), extents=())
         self._extents: dict[str, Extent] = {}
         self._files: list[_MappedFile] = []
+        self._opened: dict[str, tuple[int, Unlock]] = {}  # device regions by handle
+        self._addresses: list[int] = []
         self._by_identity: dict[_Identity, _MappedFile] = {}
 
     def adopt(self, index: SourceIndex) -> tuple[int, float]:
@@ -85,6 +87,7 @@ class HostPool:
                 mapped.digests.clear()
         for gone in kept.values():
             gone.close()
+        self._open_regions(index)
         self._index = index
         self._extents = {extent.name: extent for extent in index.extents}
         self._files = [self._by_identity[file.device, file.inode, file.size_bytes] for file in index.files]
@@ -92,12 +95,7 @@ class HostPool:
         self._lock(fresh)
         return sum(mapped.array.size for mapped in fresh), time.perf_counter() - start
 
-    def tensor(self, name: str) -> HostBytes:
-        """All bytes of a tensor."""
-        extent = self._extents[name]
-        return self._files[extent.file].array[extent.offset_bytes : extent.offset_bytes + extent.size_bytes]
-
-    def parts(self, manifest: Manifest, bucket: Bucket) -> list[tuple[int, HostBytes]]:
+    def parts(self, manifest: Manifest, bucket: Bucket) -> list[tuple[int, HostBytes | DevicePart]]:
         """The bytes of a bucket: offset in it, and where they are in the pool.
 
         Neighbours in the bucket that are neighbours in their file come as one part: on a GPU a copy of 1 MiB reaches
@@ -111,8 +109,26 @@ class HostPool:
                 runs[-1][3] += piece.size_bytes
             else:
                 runs.append([piece.offset_bytes, extent.file, first, piece.size_bytes])
-        runs = [part for run in runs for part in _within_regions(run)]
-        return [(offset, self._files[file].array[first : first + size]) for offset, file, first, size in runs]
+        return [
+            (offset, self._bytes(file, first, size))
+            for run in runs
+            for offset, file, first, size in _within_regions(run)
+        ]
+
+    def _bytes(self, file: int, first: int, size: int) -> HostBytes | DevicePart:
+        if file < len(self._files):
+            return self._files[file].array[first : first + size]
+        return DevicePart(address=self._addresses[file - len(self._files)] + first, size=size)
+
+    def _open_regions(self, index: SourceIndex) -> None:
+        kept, self._opened = self._opened, {}
+        for region in index.regions:
+            known = region.handle in kept
+            opened = kept.pop(region.handle) if known else self._device.open_region(region.handle)
+            self._opened[region.handle] = opened
+        for _, close in kept.values():
+            close()
+        self._addresses = [self._opened[region.handle][0] for region in index.regions]
 
     def _lock(self, files: list[_MappedFile]) -> None:
         """Lock in regions, by several threads."""
@@ -130,13 +146,15 @@ class HostPool:
             file.unlocks.append(call.result())
 
     def digest(self, name: str) -> str:
-        """Content digest of a tensor; computed once per state of its file."""
+        """Content digest of a tensor; of one in a file, computed once per state of the file."""
         extent = self._extents[name]
-        file = self._files[extent.file]
-        key = (extent.offset_bytes, extent.size_bytes)
-        if key not in file.digests:
-            file.digests[key] = content_digest(self.tensor(name).data)
-        return file.digests[key]
+        data = self._bytes(extent.file, extent.offset_bytes, extent.size_bytes)
+        if isinstance(data, DevicePart):
+            return content_digest(self._device.read(data).data)
+        digests, key = self._files[extent.file].digests, (extent.offset_bytes, extent.size_bytes)
+        if key not in digests:
+            digests[key] = content_digest(data.data)
+        return digests[key]
 
     def check_unchanged(self) -> None:
         """Raise ManifestError where a file was written, cut or replaced since it was indexed."""
@@ -145,6 +163,9 @@ class HostPool:
 
     def close(self) -> None:
         """Unlock and unmap. Idempotent."""
+        for _, close in self._opened.values():
+            close()
+        self._opened.clear()
         for file in self._by_identity.values():
             file.close()
         self._by_identity.clear()

@@ -7,9 +7,11 @@ from ctypes import c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ckpt_core.cuda import driver
 from ckpt_core.cuda.dlpack import DeviceBytes
-from ckpt_core.device import HostBytes, Mark, Unlock
+from ckpt_core.device import DevicePart, HostBytes, Mark, Unlock
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +61,11 @@ class CudaBuffer:
         self._stream = driver.Stream()
         self._events = EventPool()
 
-    def write(self, offset_bytes: int, source: HostBytes) -> None:
+    def write(self, offset_bytes: int, source: HostBytes | DevicePart) -> None:
         """Start a copy from the pool."""
+        if isinstance(source, DevicePart):
+            self._stream.device_to_device(self._pointer + offset_bytes, source.address, source.size)
+            return
         self._stream.host_to_device(self._pointer + offset_bytes, source.ctypes.data, source.size)
 
     def mark(self) -> Mark:
@@ -125,6 +130,19 @@ class CudaDevice:
         address = pages.ctypes.data
         driver.register_host(address, pages.size, read_only=True)
         return lambda: driver.unregister_host(address)
+
+    def open_region(self, handle: str) -> tuple[int, Unlock]:
+        """Map it, also from a peer GPU."""
+        self._activate()
+        address = driver.open_exported(handle)
+        return address, lambda: driver.close_exported(address)
+
+    def read(self, part: DevicePart) -> HostBytes:
+        """Copy it to ordinary host memory."""
+        self._activate()
+        host = np.empty(part.size, dtype=np.uint8)
+        driver.copy_to_host(host.ctypes.data, part.address, part.size)
+        return host
 
     def allocate(self, size_bytes: int, directory: Path, label: str) -> CudaBuffer:
         """A raw device allocation; `directory` and `label` are for devices whose memory has a name."""

@@ -53,6 +53,7 @@ _SIGNATURES = {
     "cuMemcpyHtoDAsync_v2": [c_ulonglong, c_void_p, c_size_t, c_void_p],
     "cuMemcpyDtoDAsync_v2": [c_ulonglong, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpyDtoHAsync_v2": [c_void_p, c_ulonglong, c_size_t, c_void_p],
+    "cuMemcpyDtoH_v2": [c_void_p, c_ulonglong, c_size_t],
     "cuIpcGetMemHandle": [c_void_p, c_ulonglong],
     "cuIpcOpenMemHandle_v2": [c_void_p, IpcHandle, c_uint],
     "cuIpcCloseMemHandle": [c_ulonglong],
@@ -241,6 +242,11 @@ def open_exported(handle: str) -> int:
 def close_exported(pointer: int) -> None:
     """Unmap it."""
     check(library().cuIpcCloseMemHandle(pointer), "cuIpcCloseMemHandle")
+
+
+def copy_to_host(target: int, source: int, size_bytes: int) -> None:
+    """Copy device memory to host memory, and wait for it."""
+    check(library().cuMemcpyDtoH_v2(target, source, size_bytes), "cuMemcpyDtoH")
 
 
 def register_host(pointer: int, size_bytes: int, *, read_only: bool) -> None:

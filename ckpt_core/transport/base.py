@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from ckpt_core.device import HostBytes
+from ckpt_core.device import DevicePart, HostBytes
 from ckpt_core.plan import Step
 from ckpt_core.wire import RingOffer
 
@@ -30,7 +30,7 @@ class RingWriter(Protocol):
         """How ranks map it."""
         ...
 
-    def fill(self, step: Step, parts: list[tuple[int, HostBytes]]) -> None:
+    def fill(self, step: Step, parts: list[tuple[int, HostBytes | DevicePart]]) -> None:
         """Start to copy the parts (offset in the bucket, bytes) of the step's bucket. Steps come in order of seq."""
         ...
 

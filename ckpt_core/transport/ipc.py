@@ -14,7 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_core.device import Buffer, Device, HostBytes, MappedBuffer, Mark
+from ckpt_core.device import Buffer, Device, DevicePart, HostBytes, MappedBuffer, Mark
 from ckpt_core.devices import device_of
 from ckpt_core.errors import TransportError
 from ckpt_core.plan import Step
@@ -102,7 +102,7 @@ class IpcRingWriter:
             control_path=str(self._control_path),
         )
 
-    def fill(self, step: Step, parts: list[tuple[int, HostBytes]]) -> None:
+    def fill(self, step: Step, parts: list[tuple[int, HostBytes | DevicePart]]) -> None:
         """Start the copies of one bucket."""
         for offset, source in parts:
             self._buffer.write(step.ring_offset_bytes + offset, source)

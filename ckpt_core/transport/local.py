@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckpt_core.device import HostBytes
+from ckpt_core.device import DevicePart, HostBytes
 from ckpt_core.errors import PeerLost
 from ckpt_core.plan import Step
 from ckpt_core.wire import RingOffer
@@ -57,14 +57,14 @@ class LocalRingWriter:
         self._ring = ring
         self._faults = faults or Faults()
         self._filled: list[int] = []
-        self._late: list[tuple[int, list[tuple[int, HostBytes]]]] = []
+        self._late: list[tuple[int, list[tuple[int, HostBytes | DevicePart]]]] = []
 
     def offer(self) -> RingOffer:
         """An offer that only this process could map."""
         size = self._ring.bytes.size
         return RingOffer(owner=self._ring.owner, device="local", handle="", size_bytes=size, control_path="")
 
-    def fill(self, step: Step, parts: list[tuple[int, HostBytes]]) -> None:
+    def fill(self, step: Step, parts: list[tuple[int, HostBytes | DevicePart]]) -> None:
         """Copy, unless a fault says otherwise."""
         self._check_lost(step.seq)
         self._copy_late()
@@ -99,8 +99,9 @@ class LocalRingWriter:
         if self._faults.lose_at is not None and seq >= self._faults.lose_at:
             raise PeerLost(f"agent {self._ring.owner} was told to fail at bucket {seq}")
 
-    def _copy(self, base: int, parts: list[tuple[int, HostBytes]]) -> None:
+    def _copy(self, base: int, parts: list[tuple[int, HostBytes | DevicePart]]) -> None:
         for offset, source in parts:
+            assert not isinstance(source, DevicePart), "a ring in plain memory takes plain memory"
             self._ring.bytes[base + offset : base + offset + source.size] = source
 
     def _copy_late(self) -> None:

@@ -1,0 +1,398 @@
+"""What happened when, per bucket: spans of host and device work, their summary, and a Chrome trace of them.
+
+All times are `time.monotonic()` seconds (CLOCK_MONOTONIC, which `time.perf_counter()` also reads): comparable between
+processes of one boot of one host, so every track carries the boot id, and tracks of other boots get a zero of their own.
+Written files follow the Trace Event Format, which chrome://tracing and ui.perfetto.dev open. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from ckpt_core.errors import ConfigError
+
+PRODUCER = "ckpt-core"
+MOST_SPANS = 65536  # of one recorder: 100 updates' worth of buckets, 5 MB on the wire
+NO_BUCKET = -1
+_E = TypeVar("_E", bound="TimedEvent")
+
+
+class SpanStage(Enum):
+    """What the time of a span went to: first of agents, then of ranks, then the controller's stages of an update."""
+
+    WAIT_ROOM = "wait_room"  # the ring is full: ranks have not read yet what the next bucket overwrites
+    FILL = "fill"  # the agent's host issues the copies of a bucket, or makes them, where its ring is host memory
+    COPY = "copy"  # the device copies a bucket from the host
+    WAIT_READ = "wait_read"  # all is sent, the ranks read the last of it
+    BEGIN = "begin"
+    WAIT_BYTES = "wait_bytes"  # the next bucket of the plan is not there yet
+    DIGEST = "digest"
+    LOAD = "load"  # the engine's load hook, on the host
+    PULL = "pull"  # the device takes a bucket out of a ring into the parameters
+    WAIT_DRAIN = "wait_drain"  # all is loaded, the device finishes it
+    FINISH = "finish"
+    FINGERPRINT = "fingerprint"
+    PREPARE = "prepare"
+    PAUSE = "pause"
+    ATTACH = "attach"
+    LAYOUT = "layout"
+    PLAN = "plan"
+    TRANSFER = "transfer"
+    COMMIT = "commit"
+    DETACH = "detach"
+    FLUSH = "flush"
+    RESUME = "resume"
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing is done in it."""
+        return self.value.startswith("wait_")
+
+
+class TrackKind(Enum):
+    """Whose track it is."""
+
+    CONTROLLER = "controller"
+    AGENT = "agent"
+    RANK = "rank"
+
+
+class Lane(Enum):
+    """What worked: the process's own thread, or the stream of its device."""
+
+    HOST = "host"
+    DEVICE = "device"
+
+
+class Span(NamedTuple):
+    """A stage of one bucket (NO_BUCKET where it is of none), from start to end.
+
+    A tuple, not a dataclass: thousands are made within a transfer, and it travels as an array without its field names.
+    """
+
+    stage: SpanStage
+    bucket: int
+    start_s: float
+    end_s: float
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Track:
+    """The spans of one lane of one process.
+
+    Attributes:
+        name: as in "agent 0" or "rank 1 of http://host:8000".
+        boot_id: what the clock of the spans belongs to.
+        dropped: spans that its recorder had no room for.
+    """
+
+    name: str
+    kind: TrackKind
+    lane: Lane
+    pid: int
+    boot_id: str
+    spans: tuple[Span, ...]
+    dropped: int = 0
+
+
+class SpanRecorder:
+    """Collects spans: some 0.2 us each. Past `limit` the first ones are kept and the rest is counted in `dropped`."""
+
+    def __init__(self, limit: int = MOST_SPANS) -> None:
+        self._limit = limit
+        self._spans: list[Span] = []
+        self.dropped = 0
+
+    def add(self, stage: SpanStage, bucket: int, start_s: float, end_s: float, size_bytes: int = 0) -> None:
+        """One span that has ended."""
+        if len(self._spans) < self._limit:
+            self._spans.append(Span(stage, bucket, start_s, end_s, size_bytes))
+        else:
+            self.dropped += 1
+
+    @contextmanager
+    def timed(self, stage: SpanStage, bucket: int = NO_BUCKET, size_bytes: int = 0) -> Iterator[None]:
+        """A span around a block, also where it raises. For what happens a few times in an update."""
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(stage, bucket, start_s, time.monotonic(), size_bytes)
+
+    def take(self) -> tuple[tuple[Span, ...], int]:
+        """The spans so far and how many were dropped; starts anew."""
+        spans, dropped = tuple(self._spans), self.dropped
+        self._spans, self.dropped = [], 0
+        return spans, dropped
+
+
+class TimedEvent(Protocol):
+    """A point in a device's stream that knows its time."""
+
+    def record(self, stream: Any) -> None:
+        """Put it at the present end of a stream."""
+
+    def reached(self) -> bool:
+        """Whether all work before it is complete."""
+
+    def since(self: _E, earlier: _E) -> float:
+        """Seconds on the device between two reached events."""
+
+    def close(self) -> None:
+        """Destroy it."""
+
+
+class DeviceSpans(Generic[_E]):
+    """Spans between device events, put on the host's clock by one anchor event, whose host time is known.
+
+    Nothing waits while spans are recorded; `resolve` asks for times after the stream has got there. Events are used
+    again by the next update. Start and stop of a span are two events: only so the idle time between buckets is seen.
+
+    Args:
+        make: a new event with timing.
+        limit: spans kept between two calls of `resolve`; further ones are counted in `dropped`.
+    """
+
+    _ANCHORS = 3
+
+    def __init__(self, make: Callable[[], _E], limit: int = MOST_SPANS) -> None:
+        self._make = make
+        self._limit = limit
+        self._free: list[_E] = []
+        self._pending: deque[tuple[SpanStage, int, int, _E, _E]] = deque()
+        self._begun: _E | None = None
+        self._anchor: _E | None = None
+        self._anchor_s = 0.0
+        self.dropped = 0
+        self.uncertainty_s = 0.0
+
+    def anchor(self, stream: Any, *, timeout_s: float = 1.0) -> None:
+        """Tie the two clocks, on an idle stream, before each update: some 30 us. The best of a few tries is kept, with its
+        error bound in `uncertainty_s`. A stream that stays busy for `timeout_s` leaves the spans unresolved (dropped)."""
+        self._drop_anchor()
+        for _ in range(self._ANCHORS):
+            event = self._event()
+            before_s = time.monotonic()
+            event.record(stream)
+            while not (reached := event.reached()) and time.monotonic() - before_s < timeout_s:
+                pass
+            after_s = time.monotonic()
+            if reached and (self._anchor is None or after_s - before_s < 2 * self.uncertainty_s):
+                self._drop_anchor()
+                self._anchor, self._anchor_s = event, (before_s + after_s) / 2
+                self.uncertainty_s = (after_s - before_s) / 2
+            else:
+                self._free.append(event)
+
+    def start(self, stream: Any) -> None:
+        """What the stream does from here on belongs to the span that the next `stop` ends."""
+        if self._begun is None:
+            self._begun = self._event()
+        self._begun.record(stream)
+
+    def stop(self, stream: Any, stage: SpanStage, bucket: int, size_bytes: int = 0) -> None:
+        """End the span at the present end of the stream."""
+        assert self._begun is not None, "stop of a span that was not started"
+        if len(self._pending) >= self._limit:
+            self.dropped += 1
+            return
+        end = self._event()
+        end.record(stream)
+        self._pending.append((stage, bucket, size_bytes, self._begun, end))
+        self._begun = None
+
+    def resolve(self) -> tuple[Span, ...]:
+        """The spans whose end the device has reached, in order; the others stay for the next call. Without an anchor the
+        spans have no place in time: they are dropped."""
+        found: list[Span] = []
+        while self._pending and self._pending[0][-1].reached():
+            stage, bucket, size_bytes, begun, ended = self._pending.popleft()
+            if self._anchor is None:
+                self.dropped += 1
+            else:
+                start_s = self._anchor_s + begun.since(self._anchor)
+                found.append(Span(stage, bucket, start_s, start_s + ended.since(begun), size_bytes))
+            self._free += (begun, ended)
+        return tuple(found)
+
+    def close(self) -> None:
+        """Destroy all events."""
+        self._drop_anchor()
+        held = [event for pending in self._pending for event in pending[-2:]]
+        for event in (*self._free, *held, *([self._begun] if self._begun is not None else [])):
+            event.close()
+        self._free.clear()
+        self._pending.clear()
+        self._begun = None
+
+    def _event(self) -> _E:
+        return self._free.pop() if self._free else self._make()
+
+    def _drop_anchor(self) -> None:
+        if self._anchor is not None:
+            self._free.append(self._anchor)
+        self._anchor = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSummary:
+    """One stage over all tracks.
+
+    Attributes:
+        busy_s: seconds in which at least one track was in it (the union of the spans).
+        limit_gb_s: what the machine can do in this stage, all tracks together; None where not known.
+    """
+
+    stage: SpanStage
+    spans: int
+    busy_s: float
+    size_bytes: int
+    limit_gb_s: float | None = None
+
+    @property
+    def gb_s(self) -> float | None:
+        """Bytes over busy seconds, in 1e9 bytes a second; None for stages without bytes."""
+        return self.size_bytes / 1e9 / self.busy_s if self.size_bytes and self.busy_s > 0 else None
+
+    @property
+    def percent(self) -> float | None:
+        """Of the limit."""
+        return 100 * self.gb_s / self.limit_gb_s if self.gb_s is not None and self.limit_gb_s else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitSummary:
+    """One cause of waiting on one track: total seconds, and the longest single wait."""
+
+    track: str
+    stage: SpanStage
+    waits: int
+    total_s: float
+    longest_s: float
+    longest_bucket: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Where the time of all tracks went: stages in order of SpanStage, waits with the largest total first."""
+
+    total_s: float
+    stages: tuple[StageSummary, ...]
+    waits: tuple[WaitSummary, ...]
+    dropped: int
+
+
+def summarise(tracks: Sequence[Track], limits_gb_s: Mapping[SpanStage, float] | None = None) -> Summary:
+    """Seconds, bytes and rates by stage, and waits by track and cause."""
+    limits = limits_gb_s or {}
+    spans = [span for track in aligned(tracks) for span in track.spans]
+    return Summary(
+        total_s=max((span.end_s for span in spans), default=0.0),
+        stages=tuple(_stage(stage, spans, limits.get(stage)) for stage in SpanStage if any(s.stage is stage for s in spans)),
+        waits=tuple(sorted((w for track in tracks for w in _waits(track)), key=lambda wait: -wait.total_s)),
+        dropped=sum(track.dropped for track in tracks),
+    )
+
+
+def _stage(stage: SpanStage, spans: Iterable[Span], limit_gb_s: float | None) -> StageSummary:
+    mine = [span for span in spans if span.stage is stage]
+    return StageSummary(
+        stage=stage,
+        spans=len(mine),
+        busy_s=union_s(mine),
+        size_bytes=sum(span.size_bytes for span in mine),
+        limit_gb_s=limit_gb_s,
+    )
+
+
+def _waits(track: Track) -> Iterator[WaitSummary]:
+    for stage in SpanStage:
+        mine = [span for span in track.spans if span.stage is stage and stage.waits]
+        if mine:
+            longest = max(mine, key=lambda span: span.end_s - span.start_s)
+            yield WaitSummary(
+                track=track.name,
+                stage=stage,
+                waits=len(mine),
+                total_s=sum(span.end_s - span.start_s for span in mine),
+                longest_s=longest.end_s - longest.start_s,
+                longest_bucket=longest.bucket,
+            )
+
+
+def union_s(spans: Iterable[Span]) -> float:
+    """Seconds covered by at least one of the spans."""
+    total_s, covered_s = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.start_s):
+        total_s += max(0.0, span.end_s - max(span.start_s, covered_s))
+        covered_s = max(covered_s, span.end_s)
+    return total_s
+
+
+def aligned(tracks: Sequence[Track]) -> list[Track]:
+    """The same tracks with times from 0: the first span of each boot. Between hosts only durations can be compared."""
+    zeros: dict[str, float] = {}
+    for track in tracks:
+        for span in track.spans:
+            zeros[track.boot_id] = min(span.start_s, zeros.get(track.boot_id, span.start_s))
+    return [_shifted(track, zeros.get(track.boot_id, 0.0)) for track in tracks]
+
+
+def _shifted(track: Track, zero_s: float) -> Track:
+    spans = (span._replace(start_s=span.start_s - zero_s, end_s=span.end_s - zero_s) for span in track.spans)
+    return msgspec.structs.replace(track, spans=tuple(spans))  # type: ignore[type-var]
+
+
+def write_chrome_trace(tracks: Sequence[Track], path: Path, limits_gb_s: Mapping[SpanStage, float] | None = None) -> None:
+    """Write tracks as Trace Event JSON; limits (GB/s of all tracks together) go along for `ckpt timeline`.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    document = {
+        "displayTimeUnit": "ms",
+        "otherData": {
+            "producer": PRODUCER,
+            "limits_gb_s": {stage.value: limit for stage, limit in (limits_gb_s or {}).items()},
+        },
+        "traceEvents": list(_events(aligned(tracks))),
+    }
+    try:
+        path.write_bytes(msgspec.json.encode(document))
+    except OSError as error:
+        raise ConfigError(f"cannot write the trace {path}: {error}; name a file in a directory that exists") from error
+
+
+def _events(tracks: Sequence[Track]) -> Iterator[dict[str, Any]]:
+    """Processes are numbered here: their own numbers repeat between hosts and namespaces."""
+    boots = list(dict.fromkeys(track.boot_id for track in tracks))
+    lanes = list(Lane)
+    processes: dict[tuple[str, int, str], int] = {}
+    for track in tracks:
+        process = processes.setdefault((track.boot_id, track.pid, track.name), len(processes) + 1)
+        place = {"pid": process, "tid": lanes.index(track.lane) + 1}
+        about = {"kind": track.kind.value, "os_pid": track.pid, "boot": track.boot_id, "name": track.name}
+        clock = f", clock {boots.index(track.boot_id) + 1}" if len(boots) > 1 else ""
+        yield {"ph": "M", "name": "process_name", **place, "args": {**about, "name": f"{track.name}{clock}"}}
+        yield {"ph": "M", "name": "process_sort_index", **place, "args": {"sort_index": process}}
+        yield {"ph": "M", "name": "thread_name", **place, "args": {"name": track.lane.value, "dropped": track.dropped}}
+        for span in track.spans:
+            yield {
+                "ph": "X",
+                "name": span.stage.value,
+                "cat": track.kind.value,
+                "ts": span.start_s * 1e6,
+                "dur": (span.end_s - span.start_s) * 1e6,
+                **place,
+                "args": {"bucket": span.bucket, "bytes": span.size_bytes},
+            }
