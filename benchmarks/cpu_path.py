@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from ckpt_conformance.models.tiny import make_tiny
-from ckpt_conformance.reference.launch import ReferenceServer
 from rich.console import Console
 from rich.table import Table
 
 import ckpt_core
+from ckpt_conformance.models.tiny import make_tiny
+from ckpt_conformance.reference.launch import ReferenceServer
 from ckpt_core.config import MIB, UpdateConfig, VerifyLevel
 from ckpt_core.metrics import UpdateReport
 
@@ -96,12 +96,12 @@ def _resident(pid: int, kind: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)), 0)
 
 
-def run_case(checkpoint: Path, ranks: int, verify: VerifyLevel, repeats: int, ring_mib: int, bucket_mib: int) -> Result:
+def run_case(checkpoint: Path, ranks: int, verify: VerifyLevel, options: argparse.Namespace) -> Result:
     """One engine, several updates, the first apart."""
     result = Result(ranks=ranks, verify=verify.value)
     config = UpdateConfig(
-        ring_bytes=ring_mib * MIB,
-        bucket_bytes=bucket_mib * MIB,
+        ring_bytes=options.ring * MIB,
+        bucket_bytes=options.bucket * MIB,
         verify=verify,
         fingerprint=verify is not VerifyLevel.NONE,
     )
@@ -112,7 +112,7 @@ def run_case(checkpoint: Path, ranks: int, verify: VerifyLevel, repeats: int, ri
             watch = MemoryWatch(server.rank_pids)
             watch.agents = updater.agent_pids
             watch.start()
-            reports = [updater.update(checkpoint) for _ in range(repeats)]
+            reports = [updater.update(checkpoint) for _ in range(options.repeats)]
             watch.close()
     _note(result, reports)
     result.agent_peak_bytes, result.rank_growth_bytes = watch.agent_peak, watch.rank_growth
@@ -184,7 +184,7 @@ def main() -> None:
         size_bytes = checkpoint.stat().st_size
         memcpy = memcpy_gb_s(checkpoint, options.repeats)
         results = [
-            run_case(checkpoint, ranks, verify, options.repeats, options.ring, options.bucket)
+            run_case(checkpoint, ranks, verify, options)
             for ranks in (1, 2)
             for verify in (VerifyLevel.NONE, VerifyLevel.ARRIVAL)
         ]

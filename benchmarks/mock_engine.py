@@ -73,7 +73,14 @@ class MockWorker:
         self.parameters = {
             name: torch.zeros(box.shape, dtype=torch.bfloat16, device=self.device) for name, box in self.boxes.items()
         }
+        self._warm_up()
         self._places: dict[tuple[str, Box | None], tuple[torch.Tensor, Box] | None] = {}
+
+    def _warm_up(self) -> None:
+        """Load the copy kernel, as an engine that has served has done long ago."""
+        source = self._torch.zeros((64, 64), dtype=self._torch.bfloat16, device=self.device)
+        self._torch._foreach_copy_([source[:32], source[32:, 1:]], [source[32:], source[:32, :-1]])
+        self.synchronize()
 
     def _box(self, shape: Shape) -> Box:
         start, size = [0] * len(shape.shape), list(shape.shape)
@@ -283,6 +290,16 @@ class MockEngine:
             pipe.send((name, args))
         return self._gather()
 
+    def call_one(self, rank: int, name: str, *args: Any) -> Any:
+        """Run a function in one rank."""
+        self._pipes[rank].send((name, args))
+        if not self._pipes[rank].poll(60):
+            raise EngineError(f"rank {rank} of the mock engine does not answer")
+        ok, value = self._pipes[rank].recv()
+        if not ok:
+            raise EngineError(value)
+        return value
+
     def _gather(self) -> list[Any]:
         results: dict[Connection, Any] = {}
         sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
@@ -335,6 +352,7 @@ def _memory(worker: MockWorker, _own: EnginePlugin) -> tuple[int, int]:
 
 
 COMMANDS = {
+    "synchronize": lambda worker, _own: worker.synchronize(),
     "attach": _attach,
     "memory": _memory,
     "wrong": lambda worker, _own, seed: worker.wrong_bytes(seed),

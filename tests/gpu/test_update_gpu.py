@@ -1,0 +1,159 @@
+"""Updates of ranks on two GPUs: bits, faults with copies in flight, memory, and sources on a GPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import ckpt_core
+from ckpt_core.config import MIB, UpdateConfig
+from ckpt_core.errors import Outcome, UpdateAborted
+from ckpt_core.metrics import Stage
+
+pytestmark = [pytest.mark.gpu2, pytest.mark.timeout(240)]
+
+MODEL, LAYERS = "qwen3-30b-a3b", 1
+# with so small a ring a transfer takes long enough to be hit in its middle
+SLOW = UpdateConfig(ring_bytes=8 * MIB, bucket_bytes=1 * MIB, fingerprint=False, silence_timeout_s=5)
+
+
+def engine(*, cut: bool = True, one_visible: bool = True):
+    from mock_engine import MockEngine, MockOptions, gpu_uuid
+
+    options = MockOptions(model=MODEL, layers=LAYERS, world=2, device="cuda", cut=cut, one_visible=one_visible)
+    return MockEngine(options, [gpu_uuid(index) for index in range(2)])
+
+
+def updater(handle, config: UpdateConfig | None = None, on_progress=None) -> ckpt_core.Updater:
+    from mock_engine import plugin
+
+    target = ckpt_core.Target(engine="mock", url="mock", handle=handle, plugin=plugin())
+    return ckpt_core.Updater([target], config=config or UpdateConfig(fingerprint=False), on_progress=on_progress)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[object]:
+    with engine() as running:
+        yield running
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("one_visible", [True, False])
+def test_bits_are_those_of_the_checkpoint(checkpoints: dict[int, Path], *, cut: bool, one_visible: bool) -> None:
+    with engine(cut=cut, one_visible=one_visible) as ranks, updater(ranks) as moving:
+        for seed in (1, 2, 1):
+            ranks.call("poison")
+            report = moving.update(checkpoints[seed])
+            assert report.outcome is Outcome.COMMITTED
+            assert ranks.call("wrong", seed) == [0, 0]
+
+
+def test_auto_verification_says_that_there_is_none_on_gpus(ranks, checkpoints: dict[int, Path]) -> None:
+    with updater(ranks) as moving:
+        assert moving.update(checkpoints[1]).verified == "none"
+
+
+def test_killed_agent_leaves_ranks_alive_and_the_next_update_works(ranks, checkpoints: dict[int, Path]) -> None:
+    killed: list[int] = []
+
+    def kill(stage: Stage, done: int, total: int) -> None:
+        if stage is Stage.TRANSFER and done and not killed:
+            assert done < total
+            killed.append(moving.agent_pids[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    with updater(ranks, SLOW, kill) as moving:
+        with pytest.raises(UpdateAborted) as caught:
+            moving.update(checkpoints[2])
+        assert killed
+        assert caught.value.outcome is Outcome.POISONED
+        assert "agent 0" in str(caught.value)
+        ranks.call("synchronize")  # the survivors' streams drain
+        moving.update(checkpoints[2])
+        assert ranks.call("wrong", 2) == [0, 0]
+
+
+def test_killed_rank_leaves_the_other_alive(checkpoints: dict[int, Path]) -> None:
+    with engine() as ranks:
+        killed: list[int] = []
+
+        def kill(stage: Stage, done: int, total: int) -> None:
+            if stage is Stage.TRANSFER and done and not killed:
+                killed.append(ranks.pids[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+        with updater(ranks, SLOW, kill) as moving, pytest.raises(UpdateAborted) as caught:
+            moving.update(checkpoints[1])
+        assert killed
+        assert caught.value.outcome is Outcome.POISONED
+        ranks.call_one(1, "synchronize")
+    with engine() as fresh, updater(fresh) as moving:
+        moving.update(checkpoints[1])
+        assert fresh.call("wrong", 1) == [0, 0]
+
+
+def test_nothing_grows_over_twenty_updates_and_all_is_given_back(ranks, checkpoints: dict[int, Path]) -> None:
+    def free() -> list[int]:
+        return [free for free, _ in ranks.call("memory")]
+
+    def resident(pids: tuple[int, ...]) -> int:
+        return sum(psutil.Process(pid).memory_info().rss for pid in pids)
+
+    before_all, shm_before = free(), psutil.disk_usage("/dev/shm").used
+    with updater(ranks) as moving:
+        for _ in range(3):
+            moving.update(checkpoints[1])
+        settled, host = free(), resident((*moving.agent_pids, *ranks.pids, os.getpid()))
+        for number in range(20):
+            moving.update(checkpoints[1 + number % 2])
+        assert free() == settled
+        assert resident((*moving.agent_pids, *ranks.pids, os.getpid())) - host < 32 * MIB
+    assert psutil.disk_usage("/dev/shm").used == shm_before
+    lost = [before - after for before, after in zip(before_all, free(), strict=True)]
+    assert max(lost) <= 2 * MIB, lost
+
+
+def test_tensors_of_a_trainer_go_from_gpu_to_gpu(ranks) -> None:
+    import torch
+    from generated import expected_values
+    from shapes import MODELS
+
+    shapes = MODELS[MODEL](LAYERS)
+    device = torch.device("cuda", 0)
+    policy = {shape.name: expected_values(shape.name, shape.shape, 3, device).clone() for shape in shapes}
+    shm_before = psutil.disk_usage("/dev/shm").used
+    with updater(ranks) as moving:
+        moving.update(policy)
+        assert psutil.disk_usage("/dev/shm").used - shm_before < 16 * MIB  # not over the host
+        assert ranks.call("wrong", 3) == [0, 0]
+        for shape in shapes:
+            policy[shape.name].copy_(expected_values(shape.name, shape.shape, 4, device))
+        moving.update(policy)
+        assert ranks.call("wrong", 4) == [0, 0]
+
+
+def test_a_full_gpu_gets_a_smaller_ring(ranks, checkpoints: dict[int, Path]) -> None:
+    import torch
+
+    with updater(ranks) as moving:
+        moving.update(checkpoints[1])  # agents and contexts are there
+        free, _ = torch.cuda.mem_get_info(0)
+        torch.cuda.empty_cache()
+        hog = torch.empty(free - 60 * MIB, dtype=torch.uint8, device="cuda:0")
+        report = moving.update(checkpoints[2])
+        del hog
+    assert 1 * MIB <= report.ring_bytes < 128 * MIB
+    assert ranks.call("wrong", 2) == [0, 0]
+
+
+def test_pages_are_locked_once_and_can_be_locked_again(ranks, checkpoints: dict[int, Path]) -> None:
+    for _ in range(2):
+        with updater(ranks) as moving:
+            first, second = moving.update(checkpoints[1]), moving.update(checkpoints[1])
+            assert first.locked_bytes == 2 * checkpoints[1].stat().st_size
+            assert second.locked_bytes == 0
