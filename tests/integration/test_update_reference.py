@@ -117,7 +117,7 @@ def test_repeated_updates_keep_agents_and_memory(checkpoint_of, updater_of, root
     assert len(descriptors) == 1
 
 
-def test_tensors_in_memory(checkpoint_of, tensors_of, updater_of, roots):
+def test_tensors_in_memory(checkpoint_of, tensors_of, updater_of):
     directory = checkpoint_of("qwen3_moe")
     tensors = tensors_of(directory)
     # not contiguous, and parameters: as a trainer has them
@@ -127,7 +127,24 @@ def test_tensors_in_memory(checkpoint_of, tensors_of, updater_of, roots):
     assert report.ranks[0].fingerprint == fingerprint(fresh.live())
     assert report.size_bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert worker.version == "trained"
-    assert [path for path in roots[0].rglob("*") if path.is_file()] == []
+
+
+def test_the_pool_of_tensors_in_memory_is_kept_once(checkpoint_of, tensors_of, updater_of, roots):
+    """The same names and shapes go into the same pool; others replace it."""
+    worker = Worker(checkpoint_of())
+    updater = updater_of(worker, allow_unexpected=True)
+
+    def pools():
+        return [path for path in roots[0].rglob("*") if path.is_file()]
+
+    for which in "bab":
+        report = updater.update(tensors_of(checkpoint_of(which=which)))
+        assert report.ranks[0].fingerprint == fingerprint(Worker(checkpoint_of(which=which)).live())
+        (pool,) = pools()
+    more = {**tensors_of(checkpoint_of(which="a")), "more": torch.zeros(7)}
+    updater.update(more)
+    (other,) = pools()
+    assert other != pool
 
 
 def used_bytes(root):

@@ -62,7 +62,7 @@ def index(tmp_path):
 
 
 def open_rings(group, index, ring_bytes):
-    pool = group.prepare(index, timeout_s=WAIT_S)
+    pool = group.prepare(index, digest=True, timeout_s=WAIT_S)
     manifest = Manifest.from_index(index, pool.digests)
     layouts = [whole_layout(manifest)] * 3
     plan = make_plan(manifest, layouts, agents=len(group.peers), ring_bytes=ring_bytes, bucket_bytes=4096)
@@ -70,7 +70,7 @@ def open_rings(group, index, ring_bytes):
 
 
 def test_agents_share_the_digests(group_of, index):
-    pool = group_of(2).prepare(index, timeout_s=WAIT_S)
+    pool = group_of(2).prepare(index, digest=True, timeout_s=WAIT_S)
     assert pool.digests == {name: content_digest(bytes([number]) * 1000) for number, name in enumerate("abcde")}
 
 
@@ -98,7 +98,7 @@ def test_a_file_that_changed_since_it_was_indexed_is_reported_by_its_name(group_
     path = Path(index.files[0].path)
     os.utime(path, ns=(1, 1))
     with pytest.raises(ManifestError, match=f"agent [01], in Prepare: .*{path.name}.* changed since"):
-        group_of(2).prepare(index, timeout_s=WAIT_S)
+        group_of(2).prepare(index, digest=True, timeout_s=WAIT_S)
 
 
 def test_an_agent_goes_on_after_a_failure(group_of, index):
@@ -107,9 +107,9 @@ def test_an_agent_goes_on_after_a_failure(group_of, index):
     stat = path.stat()
     os.utime(path, ns=(1, 1))
     with pytest.raises(ManifestError):
-        group.prepare(index, timeout_s=WAIT_S)
+        group.prepare(index, digest=True, timeout_s=WAIT_S)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert len(group.prepare(index, timeout_s=WAIT_S).digests) == 5
+    assert len(group.prepare(index, digest=True, timeout_s=WAIT_S).digests) == 5
 
 
 def test_what_an_agent_has_no_use_for_is_refused(group_of, talk):
@@ -123,7 +123,7 @@ def test_a_killed_agent_is_noticed_and_another_group_takes_over(group_of, index)
     open_rings(group, index, 4096)
     os.kill(group.pids[0], signal.SIGKILL)
     with pytest.raises(PeerLost, match="agent 0 died"):
-        group.prepare(index, timeout_s=WAIT_S)
+        group.prepare(index, digest=True, timeout_s=WAIT_S)
     group.stop()
     other = group_of()
     assert open_rings(other, index, 8192)[0].size_bytes == 8192

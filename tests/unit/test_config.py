@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from ckpt_core.config import Environment, UpdateConfig, child_environment
-from ckpt_core.contract import PauseMode
+from ckpt_core.config import Environment, UpdateConfig, VerifyLevel, child_environment
+from ckpt_core.contract import DeviceKind, PauseMode
 from ckpt_core.errors import ConfigError
 
 TIMEOUTS = [field.name for field in dataclasses.fields(UpdateConfig) if field.name.endswith("_timeout_s")]
@@ -14,7 +14,7 @@ TIMEOUTS = [field.name for field in dataclasses.fields(UpdateConfig) if field.na
 
 def test_the_defaults_are_valid():
     config = UpdateConfig()
-    assert config.bucket_bytes <= config.ring_bytes
+    assert all(getattr(config, name) > 0 for name in TIMEOUTS)
     assert len(TIMEOUTS) == 6
 
 
@@ -26,10 +26,30 @@ def test_every_deadline_is_positive(name, value):
 
 
 @pytest.mark.parametrize("name", ["ring_bytes", "bucket_bytes"])
-@pytest.mark.parametrize("value", [0, -4])
-def test_sizes_are_positive(name, value):
-    with pytest.raises(ConfigError, match=f"{name} must be positive, got {value}"):
-        UpdateConfig(**{name: value})
+def test_sizes_are_not_negative(name):
+    with pytest.raises(ConfigError, match=f"{name} must be positive, or 0 to choose for you, got -4"):
+        UpdateConfig(**{name: -4})
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({}, (16 << 20, 4 << 20)),
+        ({"ring_bytes": 4096}, (4096, 1024)),
+        ({"ring_bytes": 4096, "bucket_bytes": 4096}, (4096, 4096)),
+        ({"bucket_bytes": 64 << 20}, (16 << 20, 16 << 20)),
+    ],
+)
+def test_sizes_that_are_not_given_are_chosen(given, used):
+    assert UpdateConfig(**given).ring_for(DeviceKind.CPU) == used
+
+
+def test_the_default_proof_is_the_strongest_there_is():
+    assert UpdateConfig().verify_on(DeviceKind.CPU) is VerifyLevel.ARRIVAL
+    assert UpdateConfig(verify=VerifyLevel.NONE).verify_on(DeviceKind.CPU) is VerifyLevel.NONE
+    assert UpdateConfig(digest_content=False).verify_on(DeviceKind.CPU) is VerifyLevel.NONE
+    with pytest.raises(ConfigError, match="needs digest_content"):
+        UpdateConfig(verify=VerifyLevel.ARRIVAL, digest_content=False)
 
 
 def test_a_bucket_fits_into_the_ring():

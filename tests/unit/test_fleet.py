@@ -109,6 +109,7 @@ def test_a_pause_that_a_plugin_cannot_do_is_refused_before_it(fleet_of, mode):
     needed = Capability.PAUSE_KEEP if mode is PauseMode.IN_PLACE else Capability[f"PAUSE_{mode.name}"]
     claims[needed] = not_implemented("not here")
     fleet = fleet_of(Plugin(), Plugin(capabilities=claims))
+    fleet.check()
     with pytest.raises(ConfigError, match=f"http://1: pause mode {mode.value} is not_implemented .not here."):
         fleet.check_options(UpdateConfig(pause_mode=mode, allow_stale_cache=True))
 
