@@ -103,7 +103,7 @@ def test_no_tensors_in_memory_are_refused(server, updater_of):
 @pytest.mark.parametrize("value", [3, [1.0], None], ids=repr)
 def test_what_is_no_tensor_is_refused_by_name(server, updater_of, good, value):
     with pytest.raises(ManifestError, match="'odd': expected a dense tensor"):
-        updater_of(server).update({**good, "odd": value})
+        updater_of(server).update({"odd": value, **good})
 
 
 # -- what does not fit the engine --------------------------------------------------------------------------------

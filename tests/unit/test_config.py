@@ -79,7 +79,7 @@ def clean(monkeypatch):
 def test_an_empty_environment_has_defaults(clean):
     read = Environment.read()
     assert read.socket_root.is_dir()
-    assert str(read.memory_root) == "/dev/shm"  # noqa: S108
+    assert str(read.memory_root) == "/dev/shm"
     assert (read.log_level, read.bearer_token) == ("WARNING", "")
 
 
