@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -155,12 +155,12 @@ class TimedEvent(Protocol):
 class DeviceSpans(Generic[_E]):
     """Spans between device events, put on the host's clock by one anchor event, whose host time is known.
 
-    Nothing waits while spans are recorded; `resolve` asks for times after the stream has got there. Events are used
-    again by the next update. Start and stop of a span are two events: only so the idle time between buckets is seen.
+    Nothing waits while spans are recorded; `take` asks for times after the stream has got there. Events are used again
+    by the next update. Start and stop of a span are two events: only so the idle time between buckets is seen.
 
     Args:
         make: a new event with timing.
-        limit: spans kept between two calls of `resolve`; further ones are counted in `dropped`.
+        limit: spans kept between two calls of `take`; further ones are counted as dropped.
     """
 
     _ANCHORS = 3
@@ -173,26 +173,29 @@ class DeviceSpans(Generic[_E]):
         self._begun: _E | None = None
         self._anchor: _E | None = None
         self._anchor_s = 0.0
-        self.dropped = 0
+        self._dropped = 0
         self.uncertainty_s = 0.0
 
     def anchor(self, stream: Any, *, timeout_s: float = 1.0) -> None:
-        """Tie the two clocks, on an idle stream, before each update: some 30 us. The best of a few tries is kept, with its
-        error bound in `uncertainty_s`. A stream that stays busy for `timeout_s` leaves the spans unresolved (dropped)."""
-        self._drop_anchor()
+        """Tie the two clocks before each update, on an idle stream: some 30 us. Forgets what was not taken, as after an abort.
+
+        The best of a few tries is kept; `uncertainty_s` bounds its error. A stream that is busy for `timeout_s` gets no
+        anchor, and its spans are dropped.
+        """
+        self._forget()
         for _ in range(self._ANCHORS):
             event = self._event()
             before_s = time.monotonic()
             event.record(stream)
             while not (reached := event.reached()) and time.monotonic() - before_s < timeout_s:
                 pass
-            after_s = time.monotonic()
-            if reached and (self._anchor is None or after_s - before_s < 2 * self.uncertainty_s):
-                self._drop_anchor()
-                self._anchor, self._anchor_s = event, (before_s + after_s) / 2
-                self.uncertainty_s = (after_s - before_s) / 2
-            else:
-                self._free.append(event)
+            half_s = (time.monotonic() - before_s) / 2
+            if reached and (self._anchor is None or half_s < self.uncertainty_s):
+                event, self._anchor = self._anchor or self._event(), event
+                self._anchor_s, self.uncertainty_s = before_s + half_s, half_s
+            self._free.append(event)
+            if not reached:
+                return
 
     def start(self, stream: Any) -> None:
         """What the stream does from here on belongs to the span that the next `stop` ends."""
@@ -204,44 +207,45 @@ class DeviceSpans(Generic[_E]):
         """End the span at the present end of the stream."""
         assert self._begun is not None, "stop of a span that was not started"
         if len(self._pending) >= self._limit:
-            self.dropped += 1
+            self._dropped += 1
             return
         end = self._event()
         end.record(stream)
         self._pending.append((stage, bucket, size_bytes, self._begun, end))
         self._begun = None
 
-    def resolve(self) -> tuple[Span, ...]:
-        """The spans whose end the device has reached, in order; the others stay for the next call. Without an anchor the
-        spans have no place in time: they are dropped."""
+    def take(self) -> tuple[tuple[Span, ...], int]:
+        """The spans whose end the device has reached, in order, and how many were dropped; the others stay for the next
+        call. Without an anchor the spans have no place in time: they are dropped."""
         found: list[Span] = []
         while self._pending and self._pending[0][-1].reached():
             stage, bucket, size_bytes, begun, ended = self._pending.popleft()
-            if self._anchor is None:
-                self.dropped += 1
-            else:
-                start_s = self._anchor_s + begun.since(self._anchor)
-                found.append(Span(stage, bucket, start_s, start_s + ended.since(begun), size_bytes))
             self._free += (begun, ended)
-        return tuple(found)
+            if self._anchor is None:
+                self._dropped += 1
+                continue
+            start_s = self._anchor_s + begun.since(self._anchor)
+            found.append(Span(stage, bucket, start_s, start_s + ended.since(begun), size_bytes))
+        dropped, self._dropped = self._dropped, 0
+        return tuple(found), dropped
 
     def close(self) -> None:
         """Destroy all events."""
-        self._drop_anchor()
-        held = [event for pending in self._pending for event in pending[-2:]]
-        for event in (*self._free, *held, *([self._begun] if self._begun is not None else [])):
-            event.close()
-        self._free.clear()
-        self._pending.clear()
-        self._begun = None
+        self._forget()
+        while self._free:
+            self._free.pop().close()
 
     def _event(self) -> _E:
         return self._free.pop() if self._free else self._make()
 
-    def _drop_anchor(self) -> None:
-        if self._anchor is not None:
-            self._free.append(self._anchor)
-        self._anchor = None
+    def _forget(self) -> None:
+        """Back to the start; events that the device has not reached may be recorded again all the same."""
+        for pending in self._pending:
+            self._free += pending[-2:]
+        self._free += [event for event in (self._begun, self._anchor) if event is not None]
+        self._pending.clear()
+        self._begun = self._anchor = None
+        self._dropped = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,23 +299,22 @@ class Summary:
 def summarise(tracks: Sequence[Track], limits_gb_s: Mapping[SpanStage, float] | None = None) -> Summary:
     """Seconds, bytes and rates by stage, and waits by track and cause."""
     limits = limits_gb_s or {}
-    spans = [span for track in aligned(tracks) for span in track.spans]
+    spans: dict[SpanStage, list[Span]] = {stage: [] for stage in SpanStage}
+    for track in aligned(tracks):
+        for span in track.spans:
+            spans[span.stage].append(span)
     return Summary(
-        total_s=max((span.end_s for span in spans), default=0.0),
-        stages=tuple(_stage(stage, spans, limits.get(stage)) for stage in SpanStage if any(s.stage is stage for s in spans)),
+        total_s=max((span.end_s for mine in spans.values() for span in mine), default=0.0),
+        stages=tuple(_stage(stage, mine, limits.get(stage)) for stage, mine in spans.items() if mine),
         waits=tuple(sorted((w for track in tracks for w in _waits(track)), key=lambda wait: -wait.total_s)),
         dropped=sum(track.dropped for track in tracks),
     )
 
 
-def _stage(stage: SpanStage, spans: Iterable[Span], limit_gb_s: float | None) -> StageSummary:
-    mine = [span for span in spans if span.stage is stage]
+def _stage(stage: SpanStage, spans: Sequence[Span], limit_gb_s: float | None) -> StageSummary:
+    size_bytes = sum(span.size_bytes for span in spans)
     return StageSummary(
-        stage=stage,
-        spans=len(mine),
-        busy_s=union_s(mine),
-        size_bytes=sum(span.size_bytes for span in mine),
-        limit_gb_s=limit_gb_s,
+        stage=stage, spans=len(spans), busy_s=union_s(spans), size_bytes=size_bytes, limit_gb_s=limit_gb_s
     )
 
 
@@ -345,15 +348,16 @@ def aligned(tracks: Sequence[Track]) -> list[Track]:
     for track in tracks:
         for span in track.spans:
             zeros[track.boot_id] = min(span.start_s, zeros.get(track.boot_id, span.start_s))
-    return [_shifted(track, zeros.get(track.boot_id, 0.0)) for track in tracks]
+    return [replace(track, spans=_shifted(track.spans, zeros.get(track.boot_id, 0.0))) for track in tracks]
 
 
-def _shifted(track: Track, zero_s: float) -> Track:
-    spans = (span._replace(start_s=span.start_s - zero_s, end_s=span.end_s - zero_s) for span in track.spans)
-    return msgspec.structs.replace(track, spans=tuple(spans))  # type: ignore[type-var]
+def _shifted(spans: Iterable[Span], zero_s: float) -> tuple[Span, ...]:
+    return tuple(span._replace(start_s=span.start_s - zero_s, end_s=span.end_s - zero_s) for span in spans)
 
 
-def write_chrome_trace(tracks: Sequence[Track], path: Path, limits_gb_s: Mapping[SpanStage, float] | None = None) -> None:
+def write_chrome_trace(
+    tracks: Sequence[Track], path: Path, limits_gb_s: Mapping[SpanStage, float] | None = None
+) -> None:
     """Write tracks as Trace Event JSON; limits (GB/s of all tracks together) go along for `ckpt timeline`.
 
     Raises:
@@ -384,15 +388,8 @@ def _events(tracks: Sequence[Track]) -> Iterator[dict[str, Any]]:
         about = {"kind": track.kind.value, "os_pid": track.pid, "boot": track.boot_id, "name": track.name}
         clock = f", clock {boots.index(track.boot_id) + 1}" if len(boots) > 1 else ""
         yield {"ph": "M", "name": "process_name", **place, "args": {**about, "name": f"{track.name}{clock}"}}
-        yield {"ph": "M", "name": "process_sort_index", **place, "args": {"sort_index": process}}
         yield {"ph": "M", "name": "thread_name", **place, "args": {"name": track.lane.value, "dropped": track.dropped}}
         for span in track.spans:
-            yield {
-                "ph": "X",
-                "name": span.stage.value,
-                "cat": track.kind.value,
-                "ts": span.start_s * 1e6,
-                "dur": (span.end_s - span.start_s) * 1e6,
-                **place,
-                "args": {"bucket": span.bucket, "bytes": span.size_bytes},
-            }
+            when = {"ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6}
+            what = {"name": span.stage.value, "cat": track.kind.value}
+            yield {"ph": "X", **what, **when, **place, "args": {"bucket": span.bucket, "bytes": span.size_bytes}}
