@@ -10,8 +10,9 @@ polling. It says so to the other hosts, and starts what all are ready for (why: 
 
 Small buckets: a broadcast costs a launch on every host and a note between all. Consecutive buckets are therefore cut into batches
 of up to 16 MiB, the source is chosen per batch where it is free to choose, and buckets of a batch that are adjacent in the ring
-and of one source travel as one broadcast. What cannot be joined (sources given from outside, the end of the ring) is started
-as one group. What each of these gives is measured by `benchmarks/collective.py`.
+and of one source travel as one broadcast. What cannot be joined (sources given from outside, the end of the ring) is started as
+one group where the backend can (NCCL). Measured with gloo on two cores: buckets of 128 KiB go 2.3 times as fast joined as alone or
+with sources that change with each, those of 1 MiB and more the same. `benchmarks/collective.py` measures it on GPUs.
 """
 
 from __future__ import annotations

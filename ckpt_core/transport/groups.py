@@ -179,6 +179,11 @@ class CollectiveGroup:
 
     def close(self) -> None:
         """Leave. Waits for what gloo has in flight, at most its timeout. Idempotent."""
+        if self._backend is not None:
+            try:
+                self._peers.listen()
+            except PeerLost:
+                self.abort()  # a dead peer does not take part in a shutdown
         self._aborted = None
         backend, self._backend = self._backend, None
         if backend is None:

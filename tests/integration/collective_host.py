@@ -1,4 +1,4 @@
-"""A process that plays one host of a fleet: its agents, one a lane, and its ranks. Started by the tests of collectives.
+"""Processes that play the hosts of a fleet: the agents of a host, one a lane, and its ranks. `Fleet` starts them.
 
     python collective_host.py host JOB      prints one line of JSON for each update, and one when all is closed
     python collective_host.py rank JOB      one rank of a host with GPUs, where agents and ranks need processes of their own
@@ -31,19 +31,20 @@ from ckpt_core.polling import Poller
 from ckpt_core.source import stage_tensors
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.collective import CollectiveRingWriter, Schedule
-from ckpt_core.transport.groups import CollectiveGroup
+from ckpt_core.transport.groups import CollectiveGroup, MeetingPoint
 from ckpt_core.transport.ipc import IpcRingReader
 from ckpt_core.transport.peers import Membership
 from ckpt_core.wire import RingOffer
 
 DEADLINE_S = 60.0
+FLEET_DEADLINE_S = 90.0
 
 
 class Job(msgspec.Struct, kw_only=True):
     """What a process is to do; `seeds` are (plan, content) of one update each.
 
-    `hang` makes this host stop for ever in the first update: at its third "fill", or at its third "broadcast", when it has told
-    all others to go on. `other_sources` makes it expect all buckets from host 1.
+    `hang` makes this host stop for ever in the first update: at its "first fill", at its third "fill", or at its third
+    "broadcast", when it has told all others to go on. `other_sources` makes it expect all buckets from host 1.
     """
 
     host: int = 0
@@ -154,13 +155,13 @@ def hang():
     raise SystemExit("the test went away")
 
 
-def hang_at_third(target, name):
-    """Replace a method by one that never returns from its third call."""
+def hang_at(number, target, name):
+    """Replace a method by one that never returns from that call."""
     call, calls = getattr(target, name), []
 
     def method(*args):
         calls.append(args)
-        return hang() if len(calls) == 3 else call(*args)
+        return hang() if len(calls) == number else call(*args)
 
     setattr(target, name, method)
 
@@ -200,6 +201,9 @@ class Host:
                 raise TransportError("aborted")
 
         def agent(lane):
+            if self.device.name != "cpu":
+                torch.cuda.set_device(job.host)
+                torch.cuda.synchronize()  # makes the context current in this thread
             everything = Outgoing.of(plan, lane, pool, manifest)
             steps = tuple(
                 (step, parts if schedules[lane].is_from(job.host, step) else []) for step, parts in everything.steps
@@ -215,10 +219,15 @@ class Host:
             manifest.save(directory / "manifest.json")
             mine = msgspec.structs.replace(job, receiver=receiver, offers=offers, seeds=seeds, directory=str(directory))
             command = [sys.executable, __file__, "rank", msgspec.json.encode(mine).decode()]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-            if done.returncode:
-                raise TransportError(done.stderr)
-            results[receiver] = tuple(json.loads(done.stdout))
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+                while process.poll() is None:
+                    if stop.wait(0.02):
+                        process.kill()
+                out, failure = process.communicate()
+            check()
+            if process.returncode:
+                raise TransportError(failure)
+            results[receiver] = tuple(json.loads(out))
 
         def run(name, call, number):
             try:
@@ -243,10 +252,12 @@ class Host:
                     timeout_s=job.timeout_s,
                 )
                 writers.append(writer)
+                if job.hang == "first fill" and lane == 0:
+                    hang_at(1, writer, "fill")
                 if job.hang == "fill" and lane == 0:
-                    hang_at_third(writer, "fill")
+                    hang_at(3, writer, "fill")
                 if job.hang == "broadcast" and lane == 0:
-                    hang_at_third(group, "broadcast")
+                    hang_at(3, group, "broadcast")
             calls = [(f"agent {lane}", agent, lane) for lane in range(job.lanes)]
             calls += [(f"rank {number}", rank, number) for number in range(job.ranks)]
             threads = [threading.Thread(target=run, args=call, daemon=True) for call in calls]
@@ -273,6 +284,48 @@ class Host:
         for group in self.groups:
             group.close()
             group.close()
+
+
+class Fleet:
+    """One process a host. Whatever happens, none is left."""
+
+    def __init__(self, directory, hosts, **options):
+        self.meeting = MeetingPoint("127.0.0.1", timeout_s=FLEET_DEADLINE_S)
+        last = {name: options.pop(name) for name in ("hang", "other_sources") if name in options}
+        self.processes = []
+        for host in range(hosts):
+            job = {
+                "host": host,
+                "hosts": hosts,
+                "store": [self.meeting.address, self.meeting.port],
+                "directory": str(directory),
+                **options,
+                **(last if host == hosts - 1 else {}),
+            }
+            command = [sys.executable, __file__, "host", json.dumps(job)]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            self.processes.append(subprocess.Popen(command, text=True, **pipes))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+        self.meeting.close()
+
+    def line(self, host):
+        """The next line of that host."""
+        text = self.processes[host].stdout.readline()
+        assert text, self.processes[host].communicate()[1]
+        return json.loads(text)
+
+    def rest(self, host):
+        """All further lines of that host, which ends well."""
+        out, errors = self.processes[host].communicate(timeout=FLEET_DEADLINE_S)
+        assert self.processes[host].returncode == 0, errors
+        return [json.loads(line) for line in out.splitlines()]
 
 
 def main():

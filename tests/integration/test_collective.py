@@ -2,10 +2,9 @@
 
 import json
 import os
+import runpy
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,55 +23,13 @@ from ckpt_core.transport.collective import CollectiveRingWriter, Schedule, defau
 from ckpt_core.transport.groups import CollectiveGroup, MeetingPoint
 from ckpt_core.transport.peers import Membership, Peers
 
-PROGRAM = Path(__file__).with_name("collective_host.py")
+Fleet = runpy.run_path(str(Path(__file__).with_name("collective_host.py")))["Fleet"]
 LONG_S = 90.0
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 # -- processes that play hosts ---------------------------------------------------------------------------------
-class Fleet:
-    """One process a host. Whatever happens, none is left."""
-
-    def __init__(self, directory, hosts, **options):
-        self.meeting = MeetingPoint("127.0.0.1", timeout_s=LONG_S)
-        last = {name: options.pop(name) for name in ("hang", "other_sources") if name in options}
-        self.processes = []
-        for host in range(hosts):
-            job = {
-                "host": host,
-                "hosts": hosts,
-                "store": [self.meeting.address, self.meeting.port],
-                "directory": str(directory),
-                **options,
-                **(last if host == hosts - 1 else {}),
-            }
-            command = [sys.executable, str(PROGRAM), "host", json.dumps(job)]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            self.processes.append(subprocess.Popen(command, text=True, **pipes))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.communicate()
-        self.meeting.close()
-
-    def line(self, host):
-        """The next line of that host."""
-        text = self.processes[host].stdout.readline()
-        assert text, self.processes[host].communicate()[1]
-        return json.loads(text)
-
-    def rest(self, host):
-        """All further lines of that host, which ends well."""
-        out, errors = self.processes[host].communicate(timeout=LONG_S)
-        assert self.processes[host].returncode == 0, errors
-        return [json.loads(line) for line in out.splitlines()]
-
-
 @pytest.mark.parametrize("hosts", [2, 3])
 def test_random_plans_arrive_bit_by_bit_on_every_host(tmp_path, hosts):
     """Eight updates through one group, the first plan twice with other contents."""
@@ -113,14 +70,14 @@ def test_a_killed_agent_is_noticed_long_before_the_deadline(tmp_path, hosts, whe
         assert_survivors_lost_a_peer(fleet, hosts)
 
 
-@pytest.mark.parametrize("where", ["fill", "broadcast"])
+@pytest.mark.parametrize("where", ["first fill", "broadcast"])
 def test_an_agent_that_falls_silent_is_given_up_after_the_deadline(tmp_path, where):
     with Fleet(tmp_path, 2, seeds=[(9, 1)], lanes=1, hang=where, timeout_s=1.0) as fleet:
         assert fleet.line(1) == {"here": True}
         failed = fleet.line(0)
         kind, message = failed["errors"]["agent 0"]
         assert kind == "PeerLost"
-        assert ("hosts [1] were not ready" if where == "fill" else "did not complete") in message
+        assert ("hosts [1] were not ready" if where == "first fill" else "did not complete") in message
         fleet.processes[1].send_signal(signal.SIGKILL)
         assert fleet.rest(0) == [{"closed": True}]
 
