@@ -74,7 +74,7 @@ class MockWorker:
             name: torch.zeros(box.shape, dtype=torch.bfloat16, device=self.device) for name, box in self.boxes.items()
         }
         self._warm_up()
-        self._places: dict[tuple[str, Box | None], tuple[torch.Tensor, Box] | None] = {}
+        self._places: dict[tuple[str, Box | None], tuple[torch.Tensor, Box, bool] | None] = {}
 
     def _warm_up(self) -> None:
         """Load the copy kernel, as an engine that has served has done long ago."""
@@ -91,23 +91,23 @@ class MockWorker:
 
     def load(self, tensors: Sequence[LoadTensor]) -> None:
         """Copy what this rank needs of each part, in one batch."""
-        sources, targets = [], []
+        dense: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
         for item in tensors:
             place = self._place(item.name, item.box)
             if place is None:
                 continue
-            target, inside = place
-            source = item.tensor
-            for dim, (first, length) in enumerate(zip(inside.start, inside.shape, strict=True)):
-                if length != source.shape[dim]:
-                    source = source.narrow(dim, first, length)
-            sources.append(source)
-            targets.append(target)
-        if sources:
-            self._torch._foreach_copy_(targets, sources)
+            target, inside, whole_rows = place
+            source = item.strided(inside.shape, inside.start)  # type: ignore[attr-defined]
+            if whole_rows:
+                dense[0].append(target)
+                dense[1].append(source)
+            else:  # one strided tensor in a batch would send the whole batch down the slow road
+                target.copy_(source, non_blocking=True)
+        if dense[0]:
+            self._torch._foreach_copy_(*dense, non_blocking=True)
 
-    def _place(self, name: str, part: Box | None) -> tuple[torch.Tensor, Box] | None:
-        """Where a part goes, and which part of it: worked out once per part."""
+    def _place(self, name: str, part: Box | None) -> tuple[torch.Tensor, Box, bool] | None:
+        """Where a part goes, which part of it, and whether that is whole rows: worked out once per part."""
         key = (name, part)
         if key not in self._places:
             whole = part or Box.whole(self.shapes[name].shape)
@@ -118,6 +118,7 @@ class MockWorker:
                 self._places[key] = (
                     self.parameters[name][mine.relative_to(self.boxes[name]).slices],
                     mine.relative_to(whole),
+                    mine.shape[1:] == whole.shape[1:],
                 )
         return self._places[key]
 
@@ -322,6 +323,8 @@ def _rank_main(options: MockOptions, rank: int, visible: str, pipe: Connection) 
 
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     import torch
+
+    import ckpt_core.worker  # noqa: F401 a real engine imports its plugin when it starts
 
     torch.set_num_threads(1)
     worker, own = MockWorker(options, rank), plugin()

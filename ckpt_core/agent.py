@@ -25,6 +25,7 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing, send
 from ckpt_core.plan import Plan
 from ckpt_core.polling import Poller
+from ckpt_core.shm import remove_directory
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.ipc import IpcRingWriter
 
@@ -41,6 +42,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         index, count: which agent of the group this is, and of how many.
         directory: 0700 directory for its shared memory.
         device: where its ring lives.
+        orphans: directories that the agent removes when its controller is gone without having done so.
         silence_timeout_s: it ends when it hears nothing for that long.
     """
 
@@ -50,6 +52,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     directory: str
     device: str = "cpu"
+    orphans: tuple[str, ...] = ()
     silence_timeout_s: float = 20.0
     log_level: str = "WARNING"
 
@@ -127,7 +130,8 @@ class Agent:
             self._plan, self._manifest = message.plan, message.manifest
         if self._plan is None or self._manifest is None:
             raise TransportError("asked for a ring without a plan, and knows none")
-        self._outgoing = Outgoing.of(self._plan, self._config.index, self._pool, self._manifest)
+        if self._outgoing is None or not self._outgoing.holds(self._plan, self._pool):
+            self._outgoing = Outgoing.of(self._plan, self._config.index, self._pool, self._manifest)
         self._writer = IpcRingWriter(
             owner=self._config.index,
             receivers=self._plan.receivers,
@@ -152,7 +156,6 @@ class Agent:
         return wire.Sent(stats=stats)
 
     def _close_ring(self, _message: object) -> wire.RingClosed:
-        self._outgoing = None
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -172,6 +175,8 @@ def main() -> None:
             Agent(config, line).run()
     except CkptError as error:
         _log.warning("ending: %s", error)
+        for orphan in config.orphans:
+            remove_directory(Path(orphan))
         sys.exit(1)
 
 

@@ -15,8 +15,10 @@ from ckpt_core.agent import AgentConfig
 from ckpt_core.config import child_environment
 from ckpt_core.conversation import Conversation
 from ckpt_core.device import CPU
+from ckpt_core.errors import PeerLost
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan
+from ckpt_core.shm import private_directory, remove_directory
 from ckpt_core.source import SourceIndex
 
 _STOP_TIMEOUT_S = 5.0
@@ -47,6 +49,7 @@ class AgentGroup:
         directory: 0700 directory for their shared memory.
         token: they prove themselves with.
         silence_timeout_s, log_level: see AgentConfig.
+        orphans: directories that agents remove, with `directory`, when this process is gone without having done so.
     """
 
     def __init__(
@@ -57,10 +60,13 @@ class AgentGroup:
         directory: Path,
         token: str,
         silence_timeout_s: float,
+        orphans: Sequence[Path] = (),
         log_level: str = "WARNING",
     ) -> None:
         self._conversation = conversation
         self.devices = tuple(devices)
+        self._token = token
+        self._directory = private_directory(directory, "agents-")
         self._children = [
             _spawn(
                 AgentConfig(
@@ -68,8 +74,9 @@ class AgentGroup:
                     token=token,
                     index=index,
                     count=len(devices),
-                    directory=str(directory),
+                    directory=str(self._directory),
                     device=device,
+                    orphans=(str(directory), *map(str, orphans)),
                     silence_timeout_s=silence_timeout_s,
                     log_level=log_level,
                 )
@@ -95,11 +102,22 @@ class AgentGroup:
 
     def join(self, timeout_s: float) -> None:
         """Wait until all dialled in."""
-        hellos = self._conversation.admit(wire.AgentHello, len(self._children), timeout_s=timeout_s, who="agent")
+        self._conversation.watches.append(self._check_started)
+        try:
+            hellos = self._conversation.admit(wire.AgentHello, len(self._children), timeout_s=timeout_s, who="agent")
+        finally:
+            self._conversation.watches.remove(self._check_started)
         by_index = {hello.agent: peer for peer, hello in hellos.items()}
         self._peers = [by_index[index] for index in range(len(self._children))]
         for index, peer in enumerate(self._peers):
             self._conversation.introduce(peer, hellos[peer].process, f"agent {index}")
+
+    def _check_started(self) -> None:
+        for index, child in enumerate(self._children):
+            if (status := child.poll()) is not None:
+                raise PeerLost(
+                    f"agent {index} ended with status {status} before it dialled in; its standard error says why"
+                )
 
     def prepare(self, index: SourceIndex, *, digest: bool, timeout_s: float) -> PreparedPool:
         """Map the checkpoint in every agent, fit for its device; each digests its share, if asked."""
@@ -138,7 +156,7 @@ class AgentGroup:
         """End all processes: politely, then not."""
         for peer in self._peers:
             self._conversation.tell(peer, wire.Stop())
-        self._conversation.forget(self._peers)
+        self._conversation.dismiss(self._peers, self._token)
         for child in self._children:
             assert child.stdin is not None
             child.stdin.close()
@@ -148,6 +166,7 @@ class AgentGroup:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+        remove_directory(self._directory)  # rings of agents that could not remove them
 
 
 def _spawn(config: AgentConfig) -> subprocess.Popen[bytes]:

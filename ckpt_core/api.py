@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +88,11 @@ class Updater:
         self._staged: SourceIndex | None = None
 
     def __enter__(self) -> Updater:
-        sockets = private_directory(self._environment.socket_root, "ckpt-")
-        self._exit.callback(remove_directory, sockets)
+        self._sockets = private_directory(self._environment.socket_root, "ckpt-")
+        self._exit.callback(remove_directory, self._sockets)
         self._memory = private_directory(self._environment.memory_root, "ckpt-")
         self._exit.callback(remove_directory, self._memory)
-        self._hub = Hub(sockets)
+        self._hub = Hub(self._sockets)
         self._exit.callback(self._hub.close)
         self._talk = Conversation(self._hub, ping_every_s=self._config.silence_timeout_s / 5)
         self._exit.callback(self._talk.close)
@@ -156,9 +157,14 @@ class Updater:
                 directory=self._memory,
                 token=token,
                 silence_timeout_s=_AGENT_SILENCE_S,
+                orphans=(self._sockets,),
                 log_level=self._environment.log_level,
             )
-            self._agents.join(_JOIN_TIMEOUT_S)
+            try:
+                self._agents.join(_JOIN_TIMEOUT_S)
+            except BaseException:
+                self._stop_agents()
+                raise
         return self._agents
 
     def _stop_agents(self) -> None:
@@ -171,15 +177,24 @@ class Updater:
         if not isinstance(checkpoint, Mapping):
             yield open_checkpoint(checkpoint)
             return
-        if checkpoint and all(tensor.is_cuda for tensor in checkpoint.values()):
+        if checkpoint and all(getattr(tensor, "is_cuda", False) for tensor in checkpoint.values()):
             exported = export_tensors(checkpoint)
             if exported is not None:
                 yield exported.index
                 return
             _log.warning("this process's GPU memory cannot be exported (allocator settings); going over host memory")
-        staged = None if self._staged is None else restage_tensors(checkpoint, self._staged)
-        self._staged = staged or stage_tensors(checkpoint, private_directory(self._memory, "pool-"))
-        yield self._staged
+        yield self._stage(checkpoint)
+
+    def _stage(self, tensors: Mapping[str, torch.Tensor]) -> SourceIndex:
+        """Tensors in the host pool: over those of the last update where names, dtypes and shapes are the same."""
+        if self._staged is not None:
+            again = restage_tensors(tensors, self._staged)
+            if again is None:
+                remove_directory(Path(self._staged.files[0].path).parent)
+            self._staged = again
+        if self._staged is None:
+            self._staged = stage_tensors(tensors, private_directory(self._memory, "pool-"))
+        return self._staged
 
 
 def update(

@@ -54,7 +54,9 @@ class Hub:
             self._sent.pop(peer, None)
 
     def send(self, peer: bytes, body: wire.AnyMessage) -> None:
-        """Queue a message for a peer that has been heard before."""
+        """Queue a message for a peer; one that is not known (any more) gets nothing."""
+        if peer not in self._token_of:
+            return
         self._sent[peer] = self._sent.get(peer, 0) + 1
         frame = wire.encode(body, token=self._token_of[peer], seq=self._sent[peer])
         self._socket.send_multipart([peer, frame])

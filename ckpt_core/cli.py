@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
@@ -18,6 +19,7 @@ from typing import Annotated
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from ckpt_core import api, plugins, render
@@ -43,7 +45,21 @@ EndpointOption = Annotated[
     list[str],
     typer.Option("--endpoint", help="URL of an engine's server, or NAME=URL for another engine. Repeatable."),
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file; - for stdout.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the work and not after it."""
+    if path is None or str(path) == "-":
+        return path
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written; name a file in a directory that exists and is yours")
+    return path
+
+
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_writable, help="Write the result as JSON to this file; - for stdout."),
+]
 
 
 @app.command()
@@ -63,7 +79,7 @@ def update(
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the transfer, seconds.")] = 600.0,
     pause_timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the pause, seconds.")] = 120.0,
     json: JsonOption = None,
-    metrics_file: Annotated[Path | None, typer.Option(help="Write Prometheus text here.")] = None,
+    metrics_file: Annotated[Path | None, typer.Option(callback=_writable, help="Write Prometheus text here.")] = None,
 ) -> None:
     """Put the weights of a checkpoint into running engines, in place."""
     config = UpdateConfig(
@@ -187,12 +203,14 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UpdateAborted as error:
-        _err.print(f"[bold red]aborted, {error.outcome.value}:[/] {error}", highlight=False, soft_wrap=True)
+        _err.print(
+            f"[bold red]aborted, {error.outcome.value}:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         for url, outcome in error.by_endpoint.items():
-            _err.print(f"  {url}: {outcome.value}", highlight=False)
+            _err.print(f"  {escape(url)}: {outcome.value}", highlight=False)
         sys.exit(error.exit_code)
     except CkptError as error:
-        _err.print(f"[bold red]{type(error).__name__}:[/] {error}", highlight=False, soft_wrap=True)
+        _err.print(f"[bold red]{type(error).__name__}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class Environment:
         return cls(
             socket_root=_socket_root(),
             memory_root=_directory("CKPT_SHM_DIR", os.environ.get("CKPT_SHM_DIR", "/dev/shm")),  # noqa: S108
-            log_level=os.environ.get("CKPT_LOG_LEVEL", "WARNING").upper(),
+            log_level=_log_level(os.environ.get("CKPT_LOG_LEVEL", "WARNING").upper()),
             bearer_token=os.environ.get("CKPT_BEARER_TOKEN", ""),
         )
 
@@ -153,6 +154,12 @@ def _socket_root() -> Path:
         return Path(runtime)
     temp = Path(tempfile.gettempdir())
     return temp if len(os.fsencode(temp)) <= _SOCKET_PATH_LIMIT else Path("/tmp")  # noqa: S108
+
+
+def _log_level(name: str) -> str:
+    if not isinstance(logging.getLevelName(name), int):
+        raise ConfigError(f"CKPT_LOG_LEVEL={name} is no level; use DEBUG, INFO, WARNING or ERROR")
+    return name
 
 
 def _directory(variable: str, value: str) -> Path:

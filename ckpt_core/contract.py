@@ -93,19 +93,28 @@ class Update:
     partial: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadTensor:
-    """One tensor, or a box of one, in a bucket. The tensor is a view of the ring: valid until the hook returns.
+    """One tensor, or a box of one, in a bucket.
 
     Attributes:
         name: its name in the checkpoint.
-        tensor: on the rank's device, of the box's shape and the checkpoint's dtype, contiguous.
         box: which part of the checkpoint tensor this is; None for the whole.
+        tensor: on the rank's device, of the box's shape and the checkpoint's dtype, contiguous. A view of the ring: valid
+            until the hook returns. Made when it is asked for, which is not free: ask once.
     """
 
-    name: str
-    tensor: torch.Tensor
-    box: Box | None = None
+    __slots__ = ("_tensor", "box", "name")
+
+    def __init__(self, *, name: str, tensor: torch.Tensor | None = None, box: Box | None = None) -> None:
+        self.name = name
+        self.box = box
+        self._tensor = tensor
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """See the class."""
+        assert self._tensor is not None, "made without data"
+        return self._tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

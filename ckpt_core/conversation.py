@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from ckpt_core import errors, process, wire
@@ -88,19 +88,21 @@ class Conversation:
 
     def gather(
         self,
-        wanted: Mapping[bytes, type[M]],
+        wanted: Mapping[bytes, type[M] | tuple[type[M], ...]],
         *,
         timeout_s: float,
         patient: bool = False,
         into: dict[bytes, M] | None = None,
+        only_theirs: bool = False,
     ) -> dict[bytes, M]:
         """Wait for one message of the wanted kind from each of those peers.
 
         Args:
-            wanted: kind by peer.
+            wanted: kind, or kinds, by peer.
             timeout_s: for all together.
             patient: after a failure: let failures, deaths and the deadline pass, and return who answered.
             into: filled as answers come, so that they are known also where this raises.
+            only_theirs: failures and deaths of others are let pass.
 
         Raises:
             CkptError: what a peer reported, in its own class where it is one of ours, else HookFailed.
@@ -114,7 +116,7 @@ class Conversation:
                 if patient:
                     return got
                 raise TransferTimeout(self._who_is_late(wanted, got, timeout_s))
-            for peer, message in self._round(strict=not patient):
+            for peer, message in self._round(minded=() if patient else tuple(wanted) if only_theirs else None):
                 if peer in wanted and isinstance(message, wanted[peer]):
                     got[peer] = message
             if patient and self._all_others_dead(wanted, got):
@@ -122,16 +124,23 @@ class Conversation:
         return got
 
     def forget(self, peers: Iterable[bytes]) -> None:
-        """Stop pinging those peers and watching their processes."""
-        for peer in peers:
+        """Stop pinging those peers and watching their processes; what they said and nobody heard is void."""
+        gone = set(peers)
+        for peer in gone:
             self._deaths.drop(self._names.pop(peer, ""))
+        self._inbox = deque(item for item in self._inbox if item[0] not in gone)
+
+    def dismiss(self, peers: Iterable[bytes], token: str) -> None:
+        """Forget those peers, and listen to nobody with their token any more."""
+        self.forget(peers)
+        self._hub.revoke(token)
 
     def close(self) -> None:
         """Stop watching processes."""
         self._deaths.close()
 
-    def _round(self, *, strict: bool = True) -> Iterator[tuple[bytes, wire.AnyMessage]]:
-        """Ping if it is time, yield what came, raise what must be raised (where strict).
+    def _round(self, *, minded: Collection[bytes] | None = None) -> Iterator[tuple[bytes, wire.AnyMessage]]:
+        """Ping if it is time, yield what came, raise failures and deaths of the minded (None: of everybody).
 
         What is not yielded because of a raise stays in the inbox: a failed rank's next message says how it ended.
         """
@@ -141,18 +150,19 @@ class Conversation:
             peer, message = self._inbox.popleft()
             if isinstance(message, wire.Progress):
                 self.on_progress(self._names.get(peer, "?"), message)
-            elif isinstance(message, wire.Failure) and strict:
+            elif isinstance(message, wire.Failure) and (minded is None or peer in minded):
                 raise failure_of(self._names.get(peer, "an unknown peer"), message)
             else:
                 yield peer, message
-        if strict:
-            self._check_alive()
+        self._check_alive(minded)
 
-    def _check_alive(self) -> None:
-        if dead := self._deaths.dead():
+    def _check_alive(self, minded: Collection[bytes] | None) -> None:
+        names = None if minded is None else {self._names.get(peer) for peer in minded}
+        if dead := [name for name in self._deaths.dead() if names is None or name in names]:
             raise PeerLost(f"{', '.join(dead)} died during the update; look into its log, then update again")
-        for watch in self.watches:
-            watch()
+        if minded is None:
+            for watch in self.watches:
+                watch()
 
     def _ping(self) -> None:
         now = time.monotonic()
@@ -162,12 +172,12 @@ class Conversation:
         for peer in self._names:
             self._hub.send(peer, wire.Ping())
 
-    def _all_others_dead(self, wanted: Mapping[bytes, type[M]], got: Mapping[bytes, M]) -> bool:
+    def _all_others_dead(self, wanted: Iterable[bytes], got: Mapping[bytes, M]) -> bool:
         dead = set(self._deaths.dead())
         return all(self._names.get(peer) in dead for peer in wanted if peer not in got)
 
-    def _who_is_late(self, wanted: Mapping[bytes, type[M]], got: Mapping[bytes, M], timeout_s: float) -> str:
-        late = [f"{self._names.get(peer, '?')} ({kind.__name__})" for peer, kind in wanted.items() if peer not in got]
+    def _who_is_late(self, wanted: Iterable[bytes], got: Mapping[bytes, M], timeout_s: float) -> str:
+        late = [self._names.get(peer, "?") for peer in wanted if peer not in got]
         return f"no answer within {timeout_s:g} s from {', '.join(late)}; is it stopped or overloaded?"
 
 

@@ -27,7 +27,7 @@ class EndpointOptions:
 
     timeout_s: float = 30.0
     pause_timeout_s: float = 120.0
-    bearer_token: str = ""
+    bearer_token: str = field(default="", repr=False)
     verify_tls: bool = True
 
 
@@ -71,7 +71,7 @@ class Endpoint:
             response = self._http().request(
                 method, path, json=json, params=params, timeout=timeout_s or self.options.timeout_s
             )
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EngineUnavailable(
                 f"{self}: {method} {path} got no answer ({type(error).__name__}: {error}); is the server up, "
                 "and is this its address?"

@@ -89,19 +89,22 @@ def ckpt_snapshot(worker: Any, update: Update) -> Any:
 def ckpt_begin(worker: Any, update: Update) -> None:
     """*Required.* Make parameters loadable. After every rank agreed on the plan.
 
-    On an updating, asleep or unready worker: raise and change nothing.
+    On an updating, asleep or unready worker: raise EngineStateError and change nothing.
     """
 
 
 @hookspec(firstresult=True)
 def ckpt_load(worker: Any, update: Update, bucket: LoadBucket) -> LoadReport:  # type: ignore[empty-body]
-    """*Required.* Load the tensors of one bucket. Same order on every rank. Tensors are views valid until return."""
+    """*Required.* Load the tensors of one bucket. Same order on every rank. Tensors are views valid until return.
+
+    Not to be written to: other ranks read the same memory. Outside an update: raise EngineStateError.
+    """
 
 
 @hookspec(firstresult=True)
 def ckpt_finish(worker: Any, update: Update) -> None:
     """*Required.* After the last bucket: quantisation, post-load, derived tensors. The device is synchronised before
-    it returns."""
+    it returns. Raises where an expected tensor did not arrive."""
 
 
 @hookspec(firstresult=True)
@@ -118,7 +121,8 @@ def ckpt_restore(worker: Any, update: Update, snapshot: Any) -> None:
 def ckpt_poison(worker: Any, cause: str | None) -> None:
     """Arm (text) or disarm (None) a guard in the worker: while armed no token is produced, whoever resumes it.
 
-    Disarmed only after a commit or a verified restore.
+    Disarmed only after a commit or a verified restore: begin, finish and abort leave it alone. There is no other word of a
+    commit to the rank: None after a finished update is it.
     """
 
 

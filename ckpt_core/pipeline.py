@@ -17,7 +17,7 @@ from ckpt_core.staging import HostPool
 from ckpt_core.transport.base import RingReader, RingWriter
 from ckpt_core.wire import AgentStats
 
-Consume = Callable[[Step, RingReader], None]
+Consume = Callable[[Step], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +26,29 @@ class Outgoing:
 
     Attributes:
         owner: the agent.
+        plan, layout_of_pool: what it was looked up from.
         steps: in order of seq, each with (offset in its bucket, bytes in the pool).
     """
 
     owner: int
+    plan: Plan
+    layout_of_pool: object
     steps: tuple[tuple[Step, list[tuple[int, HostBytes | DevicePart]]], ...]
 
     @classmethod
     def of(cls, plan: Plan, owner: int, pool: HostPool, manifest: Manifest) -> Outgoing:
         """The part of a plan that this agent sends."""
         mine = (step for step in plan.steps if step.owner == owner)
-        return cls(owner=owner, steps=tuple((step, pool.parts(manifest, step.bucket)) for step in mine))
+        return cls(
+            owner=owner,
+            plan=plan,
+            layout_of_pool=pool.layout,
+            steps=tuple((step, pool.parts(manifest, step.bucket)) for step in mine),
+        )
+
+    def holds(self, plan: Plan, pool: HostPool) -> bool:
+        """Whether it is what `of` would give again."""
+        return self.plan is plan and self.layout_of_pool is pool.layout
 
 
 def send(outgoing: Outgoing, *, writer: RingWriter, poller: Poller) -> AgentStats:
@@ -110,7 +122,7 @@ def _receive(plan: Plan, receiver: int, readers: Sequence[RingReader], consume: 
                 lambda reader=reader, seq=step.seq: _drain(readers) and reader.published() >= seq,  # type: ignore[misc]
                 f"bucket {step.index} from agent {step.owner}",
             )
-            consume(step, reader)
+            consume(step)
         reader.release(step.seq)
         poller.check_now_and_then(f"bucket {step.index}")
     poller.until(lambda: all(reader.drained() for reader in readers), "this rank's device to be done with the rings")

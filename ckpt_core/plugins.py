@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
 from typing import Any
 
 import pluggy
@@ -49,7 +48,12 @@ class EnginePlugin:
             ) from error
         self.hook = self._manager.hook
         self._check_required(name)
-        self.info: EngineInfo = self.hook.ckpt_engine_info()
+        try:
+            self.info: EngineInfo = self.hook.ckpt_engine_info()
+        except Exception as error:
+            raise PluginIncompatible(
+                f"plugin {name!r}: ckpt_engine_info() raised {error!r}; it must only tell"
+            ) from error
         self._check_info(name)
 
     def has(self, hook: str) -> bool:
@@ -101,13 +105,11 @@ def _entry_point(name: str) -> EntryPoint:
     )
 
 
-def _module(point: EntryPoint) -> ModuleType:
+def _module(point: EntryPoint) -> Any:
     try:
-        module = point.load()
+        return point.load()
     except Exception as error:
         raise PluginIncompatible(f"plugin {point.name!r} ({point.value}) cannot be imported: {error!r}") from error
-    assert isinstance(module, ModuleType)
-    return module
 
 
 def _check_names(implementation: Any, name: str) -> None:

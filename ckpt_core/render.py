@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from rich.markup import escape
 from rich.table import Table
 
 from ckpt_core.contract import EndpointStatus, EngineInfo
@@ -38,7 +39,7 @@ def _summary(report: UpdateReport) -> Table:
         ("transfer", f"{report.transfer_gb_s:.2f} GB/s with a ring of {human_bytes(report.ring_bytes)} per agent"),
         ("verified", report.verified),
     ):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     table.add_section()
     for stage, seconds in report.stages.items():
         table.add_row(stage, f"{seconds:.3f} s")
@@ -48,7 +49,7 @@ def _summary(report: UpdateReport) -> Table:
 def _ranks(report: UpdateReport) -> Table:
     table = Table(title="ranks: what they hold, and where their seconds went")
     for name in ("engine", "rank", "fingerprint"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("wait", "digest", "load", "finish", "fp."):
         table.add_column(name, justify="right")
     urls = list(dict.fromkeys(rank.endpoint for rank in report.ranks))
@@ -61,7 +62,8 @@ def _ranks(report: UpdateReport) -> Table:
             rank.fingerprint[:16] or "-",
             *(f"{value:.3f}" for value in seconds),
         )
-    table.caption = "\n".join(f"{rank.engine} {i}: {url}" for i, url in enumerate(urls) for rank in report.ranks[:1])
+    engines = {rank.endpoint: rank.engine for rank in report.ranks}
+    table.caption = escape("\n".join(f"{engines[url]} {number}: {url}" for number, url in enumerate(urls)))
     return table
 
 
@@ -82,7 +84,9 @@ def _tensor_table(manifest: Manifest) -> Table:
     for name in ("name", "dtype", "shape", "bytes", "digest"):
         table.add_column(name)
     for meta in manifest.tensors:
-        table.add_row(meta.name, meta.dtype.value, str(list(meta.shape)), human_bytes(meta.size_bytes), meta.digest)
+        table.add_row(
+            escape(meta.name), meta.dtype.value, str(list(meta.shape)), human_bytes(meta.size_bytes), meta.digest
+        )
     return table
 
 
@@ -96,7 +100,7 @@ def plan_table(plan: Plan) -> Table:
         ("sent by agents", ", ".join(human_bytes(count) for count in plan.bytes_by_owner)),
         ("needed by ranks", ", ".join(human_bytes(count) for count in plan.bytes_needed_by_receiver)),
     ):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -111,7 +115,10 @@ def engines_table(infos: list[EngineInfo]) -> Table:
         supports = [info.support(capability) for info in infos]
         table.add_row(
             capability.value,
-            *(f"{support.level.value}{': ' + support.detail if support.detail else ''}" for support in supports),
+            *(
+                escape(f"{support.level.value}{': ' + support.detail if support.detail else ''}")
+                for support in supports
+            ),
         )
     return table
 
@@ -126,7 +133,7 @@ def status_table(status: EndpointStatus) -> Table:
         ("instance", status.instance_id or "not told"),
         ("detail", status.detail or "-"),
     ):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -146,6 +153,6 @@ def plan_explanation(plan: Plan, manifest: Manifest) -> Table:
             human_bytes(step.bucket.size_bytes),
             str(step.free_after_seq),
             ",".join(map(str, step.receivers)),
-            f"{names[0]}{rest}" if names else "",
+            escape(f"{names[0]}{rest}") if names else "",
         )
     return table

@@ -137,7 +137,8 @@ class Session:
             self._transfer(plan)
             self._commit(manifest)
         except BaseException as error:
-            raise self._undo(error) from error
+            if (aborted := self._undo(error)) is not None:
+                raise aborted from error
         self.known_plan = KnownPlan(plan=plan, ranks=rank_keys(self._hellos))
         self._serve()
         return self._report(manifest, plan)
@@ -202,13 +203,13 @@ class Session:
         self._move(SessionState.VERIFYING)
 
     def _await_transfer(self) -> None:
-        wanted: dict[bytes, type[wire.Verified] | type[wire.Sent]] = dict.fromkeys(self._hellos, wire.Verified)
+        wanted: dict[bytes, type[wire.Verified | wire.Sent]] = dict.fromkeys(self._hellos, wire.Verified)
         wanted |= dict.fromkeys(self._agents.peers, wire.Sent)
         answers = self._talk.gather(wanted, timeout_s=self._config.transfer_timeout_s)
         for peer, answer in answers.items():
             if isinstance(answer, wire.Verified):
                 self._verified[peer] = answer
-            else:
+            elif isinstance(answer, wire.Sent):
                 self._sent[peer] = answer
 
     def _commit(self, manifest: Manifest) -> None:
@@ -217,7 +218,8 @@ class Session:
             for peer in self._hellos:
                 self._talk.tell(peer, wire.Commit(version=self._version, digest=version_digest(manifest)))
             wanted = dict.fromkeys(self._hellos, wire.Committed)
-            self._talk.gather(wanted, timeout_s=self._config.commit_timeout_s, into=self._committed)
+            # nobody needs an agent any more: only the ranks' own deaths count
+            self._talk.gather(wanted, timeout_s=self._config.commit_timeout_s, into=self._committed, only_theirs=True)
         self._move(SessionState.COMMITTED)
 
     def _serve(self) -> None:
@@ -234,17 +236,21 @@ class Session:
             raise
 
     # -- the way back ------------------------------------------------------------------------------------------------
-    def _undo(self, error: BaseException) -> UpdateAborted:
-        """Tell everybody, learn what every rank holds, free everything, resume what is whole."""
+    def _undo(self, error: BaseException) -> UpdateAborted | None:
+        """Tell everybody, learn what every rank holds, free everything, resume what is whole.
+
+        None where every rank had committed already: then there is nothing to undo.
+        """
         _log.info("undoing update %s in state %s: %s", self.update_id, self.state.value, error)
         self._talk.watches.clear()
         begun = self.state in (SessionState.LOADING, SessionState.VERIFYING)
         for peer in self._hellos:
             self._talk.tell(peer, wire.Abort(cause=str(error) or type(error).__name__))
-        wanted = {peer: wire.Aborted for peer in self._hellos if peer not in self._committed}
-        aborted = self._talk.gather(wanted, timeout_s=_UNDO_TIMEOUT_S, patient=True)
-        by_endpoint = self._outcomes(aborted, begun=begun)
+        by_endpoint = self._outcomes(self._last_words(), begun=begun)
         outcome = max(by_endpoint.values(), key=_SEVERITY.index)
+        if outcome is Outcome.COMMITTED:
+            self._move(SessionState.COMMITTED)
+            return None
         self._move(SessionState(outcome.value))
         causes = [error, *self._free()]
         if outcome is not Outcome.POISONED:
@@ -256,19 +262,29 @@ class Session:
             causes=causes,
         )
 
-    def _outcomes(self, aborted: dict[bytes, wire.Aborted], *, begun: bool) -> dict[str, Outcome]:
+    def _last_words(self) -> dict[bytes, wire.Aborted | wire.Committed]:
+        """How every rank ended that still tells: undone, or committed before it heard of the failure."""
+        open_ends: dict[bytes, tuple[type[wire.Aborted | wire.Committed], ...]] = {
+            peer: (wire.Aborted, wire.Committed) for peer in self._hellos if peer not in self._committed
+        }
+        words = self._talk.gather(open_ends, timeout_s=_UNDO_TIMEOUT_S, patient=True)
+        return {**words, **self._committed}
+
+    def _outcomes(self, words: dict[bytes, wire.Aborted | wire.Committed], *, begun: bool) -> dict[str, Outcome]:
         """Worst outcome of each endpoint's ranks. A rank that does not answer may hold anything once it was told to begin."""
-        by_endpoint = {member.endpoint.url: Outcome.CLEAN for member in self._fleet.members}
+        of_ranks: dict[str, list[Outcome]] = {member.endpoint.url: [] for member in self._fleet.members}
         for peer, hello in self._hellos.items():
-            url = self._fleet.members[hello.endpoint_index].endpoint.url
-            if peer in self._committed:
+            word = words.get(peer)
+            if isinstance(word, wire.Committed):
                 outcome = Outcome.COMMITTED
-            elif peer in aborted:
-                outcome = _OUTCOME_OF[aborted[peer].outcome]
+            elif isinstance(word, wire.Aborted):
+                outcome = _OUTCOME_OF[word.outcome]
             else:
                 outcome = Outcome.POISONED if begun else Outcome.CLEAN
-            by_endpoint[url] = max(by_endpoint[url], outcome, key=_SEVERITY.index)
-        return by_endpoint
+            of_ranks[self._fleet.members[hello.endpoint_index].endpoint.url].append(outcome)
+        return {
+            url: max(outcomes, key=_SEVERITY.index) if outcomes else Outcome.CLEAN for url, outcomes in of_ranks.items()
+        }
 
     def _free(self) -> list[BaseException]:
         try:
@@ -289,8 +305,7 @@ class Session:
         """Rings given back, attach calls returned, token worthless."""
         self._agents.close_rings(timeout_s=self._config.commit_timeout_s)
         in_time = self._fleet.detach(self._config.commit_timeout_s)
-        self._talk.forget(list(self._hellos))
-        self._hub.revoke(self._token)
+        self._talk.dismiss(self._hellos, self._token)
         if not in_time:
             raise EngineStateError(
                 "an attach call did not come back although its ranks are done; the engine may hang: look into its log"

@@ -52,7 +52,11 @@ class SharedFile:
                     f"no room for {size_bytes} bytes of shared memory in {path.parent} ({error.strerror}); give the container a "
                     "larger /dev/shm (--shm-size), set CKPT_SHM_DIR, or ask for a smaller ring"
                 ) from error
-            return cls(path, size_bytes, _map(fd, size_bytes), owner=True)
+            try:
+                return cls(path, size_bytes, _map(fd, size_bytes), owner=True)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
         finally:
             os.close(fd)
 

@@ -1,8 +1,8 @@
 """The host pool: checkpoint bytes in memory that an agent can copy from, without a second copy.
 
 Files are mapped shared and read-only where they are: on a disk they live in the page cache, in /dev/shm they are memory
-already. Tensors of a trainer were written to such a file once (`source.stage_tensors`). Mappings, page locks and digests are
-kept as long as the files stay the same, so that an update from the same pool pays for none of them again.
+already. Tensors of a trainer were written to such a file once (`source.stage_tensors`). Mappings and page locks are kept as
+long as the files stay the same, so that an update from the same pool does not pay for them again.
 """
 
 from __future__ import annotations
@@ -31,13 +31,11 @@ _Identity = tuple[int, int, int]  # device, inode, size: a mapping stays good wh
 
 @dataclass(slots=True, kw_only=True)
 class _MappedFile:
-    """One file in memory; `digests` by offset hold for one modification time."""
+    """One file in memory."""
 
     mapping: mmap.mmap
     array: HostBytes
     unlocks: list[Unlock] = field(default_factory=list)
-    mtime_ns: int = 0
-    digests: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def close(self) -> None:
         for unlock in self.unlocks:
@@ -51,6 +49,9 @@ class _MappedFile:
 class HostPool:
     """The mapped files of one checkpoint at a time.
 
+    Attributes:
+        layout: another object whenever a tensor's address may have changed.
+
     Args:
         device: what copies out of it; the pool is made fit for it.
         turn: where in it this agent begins to lock pages, 0 to 1: two processes that lock the same pages at the same time
@@ -60,6 +61,7 @@ class HostPool:
     def __init__(self, device: Device, *, turn: float = 0.0) -> None:
         self._device = device
         self._turn = turn
+        self.layout = object()
         self._index = SourceIndex(files=(), extents=())
         self._extents: dict[str, Extent] = {}
         self._files: list[_MappedFile] = []
@@ -73,21 +75,21 @@ class HostPool:
         Raises:
             ManifestError: a file went away or changed since it was indexed.
         """
+        for file in index.files:
+            file.check()
         kept, fresh = self._by_identity, list[_MappedFile]()
         self._by_identity = {}
         for file in index.files:
-            file.check()
             identity = (file.device, file.inode, file.size_bytes)
             if (mapped := kept.pop(identity, None)) is None:
                 mapped = _map(file)
                 fresh.append(mapped)
             self._by_identity[identity] = mapped
-            if mapped.mtime_ns != file.mtime_ns:
-                mapped.mtime_ns = file.mtime_ns
-                mapped.digests.clear()
         for gone in kept.values():
             gone.close()
-        self._open_regions(index)
+        opened_or_closed = self._open_regions(index)
+        if fresh or kept or opened_or_closed or index.extents != self._index.extents:
+            self.layout = object()
         self._index = index
         self._extents = {extent.name: extent for extent in index.extents}
         self._files = [self._by_identity[file.device, file.inode, file.size_bytes] for file in index.files]
@@ -120,15 +122,18 @@ class HostPool:
             return self._files[file].array[first : first + size]
         return DevicePart(address=self._addresses[file - len(self._files)] + first, size=size)
 
-    def _open_regions(self, index: SourceIndex) -> None:
-        kept, self._opened = self._opened, {}
+    def _open_regions(self, index: SourceIndex) -> bool:
+        """Whether any was opened or closed."""
+        kept, before, self._opened = self._opened, set(self._opened), {}
         for region in index.regions:
             known = region.handle in kept
             opened = kept.pop(region.handle) if known else self._device.open_region(region.handle)
             self._opened[region.handle] = opened
+        changed = bool(kept) or any(handle not in before for handle in self._opened)
         for _, close in kept.values():
             close()
         self._addresses = [self._opened[region.handle][0] for region in index.regions]
+        return changed
 
     def _lock(self, files: list[_MappedFile]) -> None:
         """Lock in regions, by several threads."""
@@ -146,15 +151,10 @@ class HostPool:
             file.unlocks.append(call.result())
 
     def digest(self, name: str) -> str:
-        """Content digest of a tensor; of one in a file, computed once per state of the file."""
+        """Content digest of a tensor. Never kept: stores through a mapping change no time stamp of a memory file."""
         extent = self._extents[name]
         data = self._bytes(extent.file, extent.offset_bytes, extent.size_bytes)
-        if isinstance(data, DevicePart):
-            return content_digest(self._device.read(data).data)
-        digests, key = self._files[extent.file].digests, (extent.offset_bytes, extent.size_bytes)
-        if key not in digests:
-            digests[key] = content_digest(data.data)
-        return digests[key]
+        return content_digest((self._device.read(data) if isinstance(data, DevicePart) else data).data)
 
     def check_unchanged(self) -> None:
         """Raise ManifestError where a file was written, cut or replaced since it was indexed."""

@@ -289,7 +289,12 @@ _decoder = msgspec.msgpack.Decoder(Envelope)
 
 def encode(body: AnyMessage, *, token: str, seq: int) -> bytes:
     """One frame for a message."""
-    frame = _encoder.encode(Envelope(protocol=PROTOCOL_VERSION, token=token, seq=seq, body=body))
+    try:
+        frame = _encoder.encode(Envelope(protocol=PROTOCOL_VERSION, token=token, seq=seq, body=body))
+    except UnicodeEncodeError as error:
+        raise WireError(
+            f"a {type(body).__name__} holds text that is no UTF-8 ({error}); rename the file or tensor"
+        ) from error
     if len(frame) > MAX_MESSAGE_BYTES:
         raise WireError(f"a {type(body).__name__} of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
     return frame

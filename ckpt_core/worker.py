@@ -12,18 +12,21 @@ The controller's silence is an abort, too: a rank never waits for ever, and neve
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import traceback
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 from ckpt_core import plugins, process, wire
-from ckpt_core.apply import Applier, Incoming
+from ckpt_core.apply import Applier
 from ckpt_core.channel import AbortRequested, Line
 from ckpt_core.config import VerifyLevel
 from ckpt_core.contract import AbortOutcome, AttachResult, RankInfo, Rendezvous, Update
 from ckpt_core.errors import EngineError, EngineStateError, PlanError, TransferTimeout
+from ckpt_core.incoming import Incoming
 from ckpt_core.layout import Layout, whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import receive
@@ -68,17 +71,20 @@ class AgreedPlan:
     incoming: Incoming
 
 
-_known: list[tuple[Any, AgreedPlan]] = []  # of this process's last committed update: worker and plan; one at most
+_known: dict[int, tuple[weakref.ref[Any], AgreedPlan]] = {}  # of each worker's last committed update, by id
 
 
 def _take_known(worker: Any) -> AgreedPlan | None:
-    """The plan of the last update, if it was this worker's. Whoever takes it gives it back when it holds again."""
-    last = _known.pop() if _known else None
-    return last[1] if last is not None and last[0] is worker else None
+    """The plan of this worker's last update. Whoever takes it gives it back when it holds again."""
+    reference, agreed = _known.pop(id(worker), (None, None))
+    return agreed if reference is not None and reference() is worker else None
 
 
 def _keep_known(worker: Any, agreed: AgreedPlan) -> None:
-    _known[:] = [(worker, agreed)]
+    """Remember the plan, but do not keep the engine alive for it."""
+    with contextlib.suppress(TypeError):  # a worker without weak references is asked anew each time
+        key = id(worker)
+        _known[key] = (weakref.ref(worker, lambda _gone: _known.pop(key, None)), agreed)
 
 
 class _Attachment:
@@ -94,6 +100,7 @@ class _Attachment:
         self._info = info
         self._rendezvous = rendezvous
         self._readers: list[RingReader] = []
+        self._incoming: Incoming | None = None
         self._update: Update | None = None  # set before begin is called: from then on weights may be touched
         self._phase = "attach"
 
@@ -107,6 +114,8 @@ class _Attachment:
         except Exception as error:  # noqa: BLE001 whatever it is, the rank must be undone
             return self._undo(error).value, f"{type(error).__name__}: {error}"
         finally:
+            if self._incoming is not None:
+                self._incoming.unmap()
             for reader in self._readers:
                 reader.close()
         return "committed", ""
@@ -144,6 +153,8 @@ class _Attachment:
                 device_index=self._info.device_index,
             )
             self._readers.append(reader)
+        self._incoming = known.incoming
+        self._incoming.map(self._readers, known.plan.ring_bytes)
         self._line.send(wire.PlanAgreed(digest=known.plan.digest))
         return offer, known
 

@@ -89,7 +89,11 @@ class IpcRingWriter:
         self._device = device
         self._control_path = directory / f"control-{owner}"
         self._buffer: Buffer = device.allocate(ring_bytes, directory, f"ring-{owner}")
-        self._sequence = SequenceBlock.create(self._control_path, receivers)
+        try:
+            self._sequence = SequenceBlock.create(self._control_path, receivers)
+        except BaseException:
+            self._buffer.close()
+            raise
         self._in_flight: deque[tuple[int, Mark]] = deque()
 
     def offer(self) -> RingOffer:

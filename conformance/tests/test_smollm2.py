@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ckpt_conformance.models import smollm2
 from safetensors import safe_open
 
+from ckpt_conformance.models import smollm2
 from ckpt_core.errors import ConfigError
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]

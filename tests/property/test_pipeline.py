@@ -98,12 +98,14 @@ def transfer(plan, manifest, pool, holds):
         send(Outgoing.of(plan, owner, pool, manifest), writer=writer, poller=poller())
 
     def rank(receiver):
-        def consume(step, reader):
+        readers = [LocalRingReader(ring, receiver=receiver) for ring in rings]
+
+        def consume(step):
+            reader = readers[step.owner]
             for piece in step.bucket.pieces:
                 view = reader.view(step.ring_offset_bytes + piece.offset_bytes, piece.size_bytes)
                 got[receiver].append((step.index, piece.tensor, piece.box, view.numpy().tobytes()))
 
-        readers = [LocalRingReader(ring, receiver=receiver) for ring in rings]
         receive(plan, receiver, readers=readers, consume=consume, poller=poller())
 
     def run(call, number):

@@ -5,10 +5,11 @@ import types
 import pytest
 import torch
 
-from ckpt_core.apply import Applier, Incoming
+from ckpt_core.apply import Applier
 from ckpt_core.contract import LoadReport, Update
 from ckpt_core.cpu import CpuDevice
 from ckpt_core.errors import CoverageError, VerificationError
+from ckpt_core.incoming import Incoming
 from ckpt_core.layout import Box, Layout, LayoutEntry, whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import make_plan
@@ -60,9 +61,10 @@ def apply(tmp_path):
         applier = Applier(plugin, "worker", UPDATE, incoming, digests)
         ring = LocalRing(owner=0, receivers=1, ring_bytes=plan.ring_bytes)
         writer, reader = LocalRingWriter(ring, faults), LocalRingReader(ring, receiver=0)
+        incoming.map([reader], plan.ring_bytes)
         for step in plan.steps:
             writer.fill(step, pool.parts(manifest, step.bucket))
-            applier.consume(step, reader)
+            applier.consume(step)
         return applier
 
     yield apply

@@ -107,7 +107,8 @@ class Transfer:
     def _receive(self, receiver):
         readers = [LocalRingReader(ring, receiver=receiver) for ring in self.rings]
 
-        def consume(step, reader):
+        def consume(step):
+            reader = readers[step.owner]
             self.before_consume(receiver, step)
             self.steps[receiver].append(step.index)
             for piece in step.bucket.pieces:

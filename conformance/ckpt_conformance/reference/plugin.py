@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckpt_core.capability import FULL, Capability, Level, Support, not_implemented
 from ckpt_core.contract import (
@@ -27,13 +27,13 @@ from ckpt_core.hookspecs import hookimpl
 from ckpt_core.layout import Layout, LayoutEntry, Mismatch
 
 if TYPE_CHECKING:
+    import httpx
+
     from ckpt_conformance.reference.worker import Snapshot, Worker
     from ckpt_core.endpoint import Endpoint
     from ckpt_core.manifest import Manifest
 
 ENGINE = "reference"
-ATTACH_TIMEOUT_S = 3600.0
-PAUSE_TIMEOUT_S = 600.0
 
 _NO_DRAFT = not_implemented("the engine has no draft model")
 _NO_LORA = not_implemented("the engine has no adapters")
@@ -157,7 +157,7 @@ def ckpt_ready(endpoint: Endpoint) -> EndpointStatus:
     if endpoint.handle is not None:
         status: EndpointStatus = endpoint.handle.status()
         return status
-    return _status_of(endpoint, endpoint.request("GET", "/status").json())
+    return _status_of(endpoint, endpoint.request("GET", "/status"))
 
 
 @hookimpl
@@ -167,7 +167,7 @@ def ckpt_attach(endpoint: Endpoint, rendezvous: Rendezvous) -> None:
         endpoint.handle.attach(rendezvous)
         return
     body = {"rendezvous": dataclasses.asdict(rendezvous)}
-    endpoint.request("POST", "/attach", json=body, timeout_s=ATTACH_TIMEOUT_S)
+    endpoint.request("POST", "/attach", json=body, timeout_s=rendezvous.lifetime_s)
 
 
 @hookimpl
@@ -184,8 +184,11 @@ def ckpt_pause(endpoint: Endpoint, mode: PauseMode) -> int:
     """POST /pause: returns once no step runs."""
     if endpoint.handle is not None:
         return int(endpoint.handle.pause(mode))
-    answer = endpoint.request("POST", "/pause", params={"mode": mode.value}, timeout_s=PAUSE_TIMEOUT_S)
-    return int(answer.json()["in_flight"])
+    answer = endpoint.request("POST", "/pause", params={"mode": mode.value}, timeout_s=endpoint.options.pause_timeout_s)
+    try:
+        return int(answer.json()["in_flight"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineUnavailable(f"{endpoint}: POST /pause answered {answer.text[:200]}; check the address") from error
 
 
 @hookimpl
@@ -206,8 +209,9 @@ def ckpt_resume(endpoint: Endpoint, version: str | None) -> None:
     endpoint.request("POST", "/resume", json={"version": version})
 
 
-def _status_of(endpoint: Endpoint, answer: Any) -> EndpointStatus:
+def _status_of(endpoint: Endpoint, response: httpx.Response) -> EndpointStatus:
     try:
+        answer = response.json()
         return EndpointStatus(
             engine=answer["engine"],
             state=EndpointState(answer["state"]),
@@ -220,5 +224,5 @@ def _status_of(endpoint: Endpoint, answer: Any) -> EndpointStatus:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise EngineUnavailable(
-            f"{endpoint}: GET /status answered {str(answer)[:200]}, not a reference engine's; check the address"
+            f"{endpoint}: GET /status answered {response.text[:200]}, not a reference engine's; check the address"
         ) from error

@@ -1,0 +1,165 @@
+"""What one rank takes out of a plan, worked out before the clock runs and good for every update by the same plan.
+
+A rank that shares a bucket with others takes only the pieces that touch its own layout. With thousands of small tensors the
+time per piece decides: buckets and tensors are made once, and a view of the ring only where the plugin asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckpt_core.bucket import Piece
+from ckpt_core.contract import LoadBucket, LoadTensor
+from ckpt_core.dtypes import DType
+from ckpt_core.layout import Box, Layout
+from ckpt_core.manifest import Manifest, TensorMeta
+from ckpt_core.plan import Plan, Step
+from ckpt_core.transport.base import RingReader
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RingPlace:
+    """Where the ring of one owner is mapped in the present update."""
+
+    def __init__(self) -> None:
+        self._bytes: torch.Tensor | None = None
+        self._typed: dict[DType, torch.Tensor] = {}
+
+    def move(self, ring: torch.Tensor | None) -> None:
+        """From now on it is here (uint8, the whole ring), or nowhere."""
+        self._bytes = ring
+        self._typed.clear()
+
+    def bytes(self, offset_bytes: int, size_bytes: int) -> torch.Tensor:
+        """Raw bytes of it."""
+        assert self._bytes is not None, "no ring is mapped"
+        return self._bytes[offset_bytes : offset_bytes + size_bytes]
+
+    def typed(self, dtype: DType) -> torch.Tensor:
+        """All of it as elements of a type; pieces begin at multiples of 256 bytes, so at an element."""
+        if dtype not in self._typed:
+            assert self._bytes is not None, "no ring is mapped"
+            whole = self._bytes.numel() // dtype.itemsize * dtype.itemsize
+            self._typed[dtype] = self._bytes[:whole].view(torch_dtype(dtype))
+        return self._typed[dtype]
+
+
+class RingTensor(LoadTensor):
+    """A piece of a plan, as hooks see it."""
+
+    __slots__ = ("_dtype", "_offset", "_place", "_shape", "_strides")
+
+    def __init__(self, meta: TensorMeta, piece: Piece, place: RingPlace, offset_bytes: int) -> None:
+        super().__init__(name=meta.name, box=piece.box)
+        self._place = place
+        self._dtype = meta.dtype
+        self._offset = offset_bytes // meta.dtype.itemsize
+        self._shape = meta.shape if piece.box is None else piece.box.shape
+        self._strides = _row_major(self._shape)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """A view of the ring, made now."""
+        return self._place.typed(self._dtype).as_strided(self._shape, self._strides, self._offset)
+
+    def strided(self, shape: Sequence[int], start: Sequence[int]) -> torch.Tensor:
+        """The part of `tensor` of that shape that begins at that index, in one step instead of one per dimension."""
+        offset = self._offset + sum(map(int.__mul__, start, self._strides))
+        return self._place.typed(self._dtype).as_strided(shape, self._strides, offset)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncomingBucket:
+    """What a rank takes of one bucket.
+
+    Attributes:
+        load: for the plugin.
+        names: of its tensors.
+        size_bytes: of its pieces.
+        pieces: position in the manifest, meta, offset in the ring and size, for digests.
+    """
+
+    load: LoadBucket
+    names: frozenset[str]
+    size_bytes: int
+    pieces: tuple[tuple[int, TensorMeta, int, int], ...]
+    place: RingPlace
+
+
+class Incoming:
+    """All that one rank takes.
+
+    Attributes:
+        names: of its tensors.
+    """
+
+    def __init__(self, plan: Plan, receiver: int, manifest: Manifest, layout: Layout) -> None:
+        self._places = [RingPlace() for _ in range(plan.agents)]
+        boxes: dict[int, list[Box | None]] = {}
+        for entry in layout.entries:
+            boxes.setdefault(manifest.index_of(entry.tensor), []).append(entry.box)
+        self._buckets = {
+            step.index: _bucket(step, manifest, boxes, self._places[step.owner])
+            for step in plan.steps
+            if receiver in step.receivers
+        }
+        self.names = frozenset[str]().union(*(bucket.names for bucket in self._buckets.values()))
+
+    def map(self, readers: Sequence[RingReader], ring_bytes: int) -> None:
+        """The rings of this update are these."""
+        for place, reader in zip(self._places, readers, strict=True):
+            place.move(reader.view(0, ring_bytes))
+
+    def unmap(self) -> None:
+        """The rings are about to go."""
+        for place in self._places:
+            place.move(None)
+
+    def of(self, step: Step) -> IncomingBucket:
+        """What the rank takes of a step's bucket."""
+        return self._buckets[step.index]
+
+
+def _bucket(step: Step, manifest: Manifest, boxes: dict[int, list[Box | None]], place: RingPlace) -> IncomingBucket:
+    taken = [piece for piece in step.bucket.pieces if _touches(piece, boxes.get(piece.tensor, []))]
+    metas = [manifest.tensors[piece.tensor] for piece in taken]
+    offsets = [step.ring_offset_bytes + piece.offset_bytes for piece in taken]
+    tensors = tuple(
+        RingTensor(meta, piece, place, offset) for meta, piece, offset in zip(metas, taken, offsets, strict=True)
+    )
+    return IncomingBucket(
+        load=LoadBucket(index=step.index, tensors=tensors),
+        names=frozenset(meta.name for meta in metas),
+        size_bytes=sum(piece.size_bytes for piece in taken),
+        pieces=tuple(
+            (piece.tensor, meta, offset, piece.size_bytes)
+            for piece, meta, offset in zip(taken, metas, offsets, strict=True)
+        ),
+        place=place,
+    )
+
+
+def _touches(piece: Piece, boxes: list[Box | None]) -> bool:
+    return any(box is None or piece.box is None or not box.disjoint(piece.box) for box in boxes)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, stride = [], 1
+    for length in reversed(shape):
+        strides.append(stride)
+        stride *= max(length, 1)
+    return tuple(reversed(strides))
+
+
+@functools.cache
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The torch type of that name."""
+    import torch
+
+    found: torch.dtype = getattr(torch, dtype.torch_name)
+    return found
