@@ -66,6 +66,7 @@ class AgentGroup:
         self._conversation = conversation
         self.devices = tuple(devices)
         self._token = token
+        conversation.listen_to(token)
         self._directory = private_directory(directory, "agents-")
         self._children = [
             _spawn(

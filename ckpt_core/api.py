@@ -130,7 +130,6 @@ class Updater:
                 version=version,
                 fleet=self._fleet,
                 agents=self._running_agents(),
-                hub=self._hub,
                 conversation=self._talk,
                 config=self._config,
                 known_plan=self._known_plan,
@@ -150,7 +149,6 @@ class Updater:
             self._stop_agents()
         if self._agents is None:
             token = secrets.token_hex(16)
-            self._hub.allow(token)
             self._agents = AgentGroup(
                 wanted,
                 conversation=self._talk,

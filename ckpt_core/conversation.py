@@ -130,6 +130,10 @@ class Conversation:
             self._deaths.drop(self._names.pop(peer, ""))
         self._inbox = deque(item for item in self._inbox if item[0] not in gone)
 
+    def listen_to(self, token: str) -> None:
+        """Admit peers that carry this token from now on."""
+        self._hub.allow(token)
+
     def dismiss(self, peers: Iterable[bytes], token: str) -> None:
         """Forget those peers, and listen to nobody with their token any more."""
         self.forget(peers)
@@ -176,8 +180,14 @@ class Conversation:
         dead = set(self._deaths.dead())
         return all(self._names.get(peer) in dead for peer in wanted if peer not in got)
 
-    def _who_is_late(self, wanted: Iterable[bytes], got: Mapping[bytes, M], timeout_s: float) -> str:
-        late = [self._names.get(peer, "?") for peer in wanted if peer not in got]
+    def _who_is_late(
+        self, wanted: Mapping[bytes, type[M] | tuple[type[M], ...]], got: Mapping[bytes, M], timeout_s: float
+    ) -> str:
+        late = [
+            f"{self._names.get(peer, '?')} ({' or '.join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))})"
+            for peer, kind in wanted.items()
+            if peer not in got
+        ]
         return f"no answer within {timeout_s:g} s from {', '.join(late)}; is it stopped or overloaded?"
 
 

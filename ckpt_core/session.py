@@ -18,7 +18,6 @@ from enum import Enum
 from ckpt_core import wire
 from ckpt_core.agents import AgentGroup
 from ckpt_core.agreement import Agreement, KnownPlan, Terms, rank_keys, version_digest
-from ckpt_core.channel import Hub
 from ckpt_core.config import UpdateConfig
 from ckpt_core.contract import AbortOutcome, Rendezvous
 from ckpt_core.conversation import Conversation
@@ -77,7 +76,7 @@ class Session:
         version: label to publish them under; empty for the first 12 digits of the content digest.
         fleet: checked, locked members.
         agents: joined agents.
-        hub, conversation: of the controller.
+        conversation: of the controller.
         config: options.
         known_plan: of the last update with these agents.
         on_progress: told stage, done and total bytes, now and then.
@@ -93,7 +92,6 @@ class Session:
         version: str,
         fleet: Fleet,
         agents: AgentGroup,
-        hub: Hub,
         conversation: Conversation,
         config: UpdateConfig,
         known_plan: KnownPlan | None,
@@ -105,7 +103,6 @@ class Session:
         self._version = version
         self._fleet = fleet
         self._agents = agents
-        self._hub = hub
         self._talk = conversation
         self._config = config
         self._known_plan = known_plan
@@ -164,7 +161,7 @@ class Session:
     def _attach(self) -> None:
         count = sum(member.world_size for member in self._fleet.members)
         with self._watch.stage(Stage.ATTACH):
-            self._hub.allow(self._token)
+            self._talk.listen_to(self._token)
             self._talk.watches.append(self._fleet.check_attached)
             self._fleet.attach(self._rendezvous)
             timeout_s = self._config.attach_timeout_s
@@ -314,7 +311,7 @@ class Session:
     def _rendezvous(self, endpoint_index: int) -> Rendezvous:
         config = self._config
         return Rendezvous(
-            address=self._hub.address,
+            address=self._talk.address,
             token=self._token,
             update_id=self.update_id,
             silence_timeout_s=config.silence_timeout_s,
