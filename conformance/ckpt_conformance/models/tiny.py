@@ -108,9 +108,7 @@ def make_tiny(
     )
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: _random(name, size, seed, getattr(torch, dtype)) for name, size in tensor_shapes(shape).items()
-    }
+    tensors = {name: _random(name, size, seed, getattr(torch, dtype)) for name, size in tensor_shapes(shape).items()}
     write_tensors(out, tensors, files=files)
     (out / "config.json").write_text(json.dumps(_config(shape, dtype), indent=2))
     _write_tokenizer(out, vocab)
