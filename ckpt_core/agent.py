@@ -17,8 +17,10 @@ from pathlib import Path
 
 import msgspec
 
-from ckpt_core import process, wire
+from ckpt_core import numa, process, wire
 from ckpt_core.channel import AbortRequested, Line
+from ckpt_core.cuda import driver, probe
+from ckpt_core.device import CPU
 from ckpt_core.devices import device_of
 from ckpt_core.errors import CkptError, PeerLost, TransferTimeout, TransportError
 from ckpt_core.manifest import Manifest
@@ -27,6 +29,8 @@ from ckpt_core.plan import Plan
 from ckpt_core.polling import Poller
 from ckpt_core.shm import remove_directory
 from ckpt_core.staging import HostPool
+from ckpt_core.trace import TrackKind
+from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.ipc import IpcRingWriter
 
 _log = logging.getLogger(__name__)
@@ -151,7 +155,11 @@ class Agent:
                 f"agent {self._config.index} waited {message.timeout_s:g} s for {what}"
             ),
         )
-        stats = send(self._outgoing, writer=self._writer, poller=poller)
+        tracks = ProcessTracks(f"agent {self._config.index}", TrackKind.AGENT, wanted=message.trace)
+        if message.trace:
+            tracks.timer = self._writer.trace()
+        stats = send(self._outgoing, writer=self._writer, poller=poller, spans=tracks.spans)
+        stats = msgspec.structs.replace(stats, tracks=tracks.take())
         self._pool.check_unchanged()
         return wire.Sent(stats=stats)
 
@@ -170,6 +178,8 @@ def main() -> None:
     """Entry point of the process."""
     config = msgspec.json.decode(_first_line(), type=AgentConfig)
     logging.basicConfig(level=config.log_level, format=f"ckpt-agent {config.index}: %(levelname)s %(message)s")
+    if config.device != CPU:
+        _log.info("%s", numa.bind(probe.pci_bus_id(driver.ordinal_of(config.device))).reason)
     try:
         with Line(config.address, config.token, config.silence_timeout_s) as line:
             Agent(config, line).run()

@@ -143,10 +143,10 @@ class AgentGroup:
         replies = self._conversation.ask(dict.fromkeys(self._peers, ask), wire.RingOpened, timeout_s=timeout_s)
         return tuple(replies[peer].offer for peer in self._peers)
 
-    def start_sending(self, *, timeout_s: float) -> None:
+    def start_sending(self, *, timeout_s: float, trace: bool = False) -> None:
         """Let all send; each answers Sent when its last bucket was read."""
         for peer in self._peers:
-            self._conversation.tell(peer, wire.Send(timeout_s=timeout_s))
+            self._conversation.tell(peer, wire.Send(timeout_s=timeout_s, trace=trace))
 
     def close_rings(self, *, timeout_s: float) -> None:
         """Give ring memory back in every agent, also in the middle of a transfer."""

@@ -166,4 +166,5 @@ class Agreement:
             verify=terms.config.verify_on(terms.device_kind).value,
             fingerprint=terms.config.fingerprint,
             transfer_timeout_s=terms.config.transfer_timeout_s,
+            trace=terms.config.trace,
         )

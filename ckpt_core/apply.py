@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckpt_core.contract import LoadReport, Update
+from ckpt_core.device import StreamTimer
 from ckpt_core.errors import CoverageError
 from ckpt_core.incoming import Incoming, IncomingBucket
 from ckpt_core.plan import Step
 from ckpt_core.plugins import EnginePlugin
+from ckpt_core.trace import SpanRecorder, SpanStage, Unrecorded
 from ckpt_core.verify import ArrivalDigest
 
 
@@ -19,6 +21,7 @@ class Applier:
 
     Args:
         digests: content of the checkpoint's tensors, in the order of its manifest; None to digest nothing.
+        spans, timer: record what host and device do, where asked.
 
     Attributes:
         received_bytes, retained_bytes: so far; retained is the peak of what the engine reported.
@@ -27,12 +30,22 @@ class Applier:
     """
 
     def __init__(
-        self, plugin: EnginePlugin, worker: Any, update: Update, incoming: Incoming, digests: Sequence[str] | None
+        self,
+        plugin: EnginePlugin,
+        worker: Any,
+        update: Update,
+        incoming: Incoming,
+        digests: Sequence[str] | None,
+        *,
+        spans: SpanRecorder | None = None,
+        timer: StreamTimer | None = None,
     ) -> None:
         self._plugin = plugin
         self._worker = worker
         self._update = update
         self._incoming = incoming
+        self._spans = spans or Unrecorded()
+        self._timer = timer
         self._arrival = None if digests is None else ArrivalDigest(digests)
         self.received_bytes = 0
         self.retained_bytes = 0
@@ -57,9 +70,16 @@ class Applier:
         if self._arrival is not None:
             for position, meta, offset_bytes, size_bytes in bucket.pieces:
                 self._arrival.add(position, meta, bucket.place.bytes(offset_bytes, size_bytes))
+            self._spans.add(SpanStage.DIGEST, step.index, start, time.perf_counter(), bucket.size_bytes)
         digested = time.perf_counter()
+        if self._timer is not None:
+            self._timer.start()
         report = self._plugin.hook.ckpt_load(worker=self._worker, update=self._update, bucket=bucket.load)
-        self.load_s += time.perf_counter() - digested
+        if self._timer is not None:
+            self._timer.stop(SpanStage.PULL, step.index, bucket.size_bytes)
+        loaded = time.perf_counter()
+        self._spans.add(SpanStage.LOAD, step.index, digested, loaded, bucket.size_bytes)
+        self.load_s += loaded - digested
         self.digest_s += digested - start
         self._account(bucket, report)
         self.received_bytes += bucket.size_bytes

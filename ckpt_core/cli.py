@@ -23,9 +23,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from ckpt_core import api, plugins, render
+from ckpt_core import limits as machine_limits
 from ckpt_core.config import MIB, Environment, UpdateConfig, VerifyLevel
 from ckpt_core.contract import EndpointState, PauseMode
 from ckpt_core.cpu import CpuDevice
+from ckpt_core.cuda import probe
 from ckpt_core.endpoint import Endpoint, EndpointOptions
 from ckpt_core.errors import CkptError, ConfigError, EngineError, UpdateAborted
 from ckpt_core.layout import whole_layout
@@ -34,6 +36,8 @@ from ckpt_core.metrics import Stage
 from ckpt_core.plan import make_plan
 from ckpt_core.source import open_checkpoint
 from ckpt_core.staging import HostPool
+from ckpt_core.timeline import draw
+from ckpt_core.trace import write_chrome_trace
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 _out = Console()
@@ -79,6 +83,9 @@ def update(
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the transfer, seconds.")] = 600.0,
     pause_timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the pause, seconds.")] = 120.0,
     json: JsonOption = None,
+    trace: Annotated[
+        Path | None, typer.Option(callback=_writable, help="Write a Chrome/Perfetto trace here; see `ckpt timeline`.")
+    ] = None,
     metrics_file: Annotated[Path | None, typer.Option(callback=_writable, help="Write Prometheus text here.")] = None,
 ) -> None:
     """Put the weights of a checkpoint into running engines, in place."""
@@ -89,6 +96,7 @@ def update(
         allow_stale_cache=allow_stale_cache,
         verify=verify,
         fingerprint=fingerprint,
+        trace=trace is not None,
         allow_missing=allow_missing,
         allow_unexpected=allow_unexpected,
         transfer_timeout_s=timeout_s,
@@ -97,6 +105,11 @@ def update(
     with _progress() as on_progress:
         report = api.update(
             checkpoint, _targets(engine, endpoint), version=version, config=config, on_progress=on_progress
+        )
+    if trace is not None:
+        known = machine_limits.load(Environment.read().cache_root, machine_limits.identify())
+        write_chrome_trace(
+            report.tracks, trace, known.by_stage(rank.device for rank in report.ranks) if known else None
         )
     if metrics_file is not None:
         report.write_metrics(metrics_file)
@@ -160,6 +173,30 @@ def plan(
         if explain:
             _out.print(render.plan_explanation(made, manifest))
     _write_json(json, msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n")
+
+
+@app.command()
+def limits(
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time to measure in.")] = 4.0, json: JsonOption = None
+) -> None:
+    """Measure what this machine's memory, buses and GPUs allow, and keep it for reports and plans."""
+    with probe.open_gpus() as gpus:
+        found = machine_limits.measure(machine_limits.identify(), gpus, seconds)
+    machine_limits.save(Environment.read().cache_root, found)
+    if json is None or str(json) != "-":
+        _out.print(machine_limits.limits_table(found))
+    _write_json(json, machine_limits.to_json(found))
+
+
+@app.command()
+def timeline(
+    trace: Annotated[Path, typer.Argument(help="Trace that `ckpt update --trace` wrote.")],
+    out: Annotated[Path | None, typer.Option(callback=_writable, help="Page to write; by default beside it.")] = None,
+) -> None:
+    """Draw a trace as one self-contained HTML page."""
+    page = out or trace.with_suffix(".html")
+    draw(trace, page)
+    _out.print(escape(str(page)))
 
 
 @app.command()

@@ -43,6 +43,7 @@ class UpdateConfig:
         digest_content: digest the checkpoint before the pause: its version is then bound to its content. Without it there is
             no ARRIVAL, and the version's digest is that of names, dtypes and shapes.
         fingerprint: digest the live weights of every rank after the load, and report them.
+        trace: record when each bucket was copied, waited for and loaded, on hosts and devices (`UpdateReport.tracks`).
         allow_missing, allow_unexpected: take a checkpoint that lacks tensors of the engine, or has others.
         prepare_timeout_s: reading and digesting the checkpoint.
         pause_timeout_s: until the engine stopped stepping (mode wait: until its requests are done).
@@ -59,6 +60,7 @@ class UpdateConfig:
     verify: VerifyLevel = VerifyLevel.AUTO
     fingerprint: bool = True
     digest_content: bool = True
+    trace: bool = False
     allow_missing: bool = False
     allow_unexpected: bool = False
     prepare_timeout_s: float = 600.0
@@ -111,12 +113,14 @@ class Environment:
         socket_root: where the 0700 directories of sockets are made (CKPT_SOCKET_DIR, else XDG_RUNTIME_DIR, else tmp).
         memory_root: where shared memory files are made (CKPT_SHM_DIR, else /dev/shm).
         log_level: level of the processes that the project starts (CKPT_LOG_LEVEL).
+        cache_root: where measured limits are kept (CKPT_CACHE_DIR, else the user's cache directory); None where there is none.
         bearer_token: for HTTP calls to engines (CKPT_BEARER_TOKEN).
     """
 
     socket_root: Path
     memory_root: Path
     log_level: str = "WARNING"
+    cache_root: Path | None = None
     bearer_token: str = field(default="", repr=False)
 
     @classmethod
@@ -130,6 +134,7 @@ class Environment:
             socket_root=_socket_root(),
             memory_root=_directory("CKPT_SHM_DIR", os.environ.get("CKPT_SHM_DIR", "/dev/shm")),  # noqa: S108
             log_level=_log_level(os.environ.get("CKPT_LOG_LEVEL", "WARNING").upper()),
+            cache_root=_cache_root(),
             bearer_token=os.environ.get("CKPT_BEARER_TOKEN", ""),
         )
 
@@ -154,6 +159,15 @@ def _socket_root() -> Path:
         return Path(runtime)
     temp = Path(tempfile.gettempdir())
     return temp if len(os.fsencode(temp)) <= _SOCKET_PATH_LIMIT else Path("/tmp")  # noqa: S108
+
+
+def _cache_root() -> Path | None:
+    if chosen := os.environ.get("CKPT_CACHE_DIR"):
+        return Path(chosen)
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "ckpt"
+    home = os.environ.get("HOME", "")
+    return Path(home) / ".cache" / "ckpt" if home and os.access(home, os.W_OK) else None
 
 
 def _log_level(name: str) -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ckpt_core.trace import Span, SpanStage
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,6 +20,26 @@ CPU = "cpu"
 
 
 Unlock = Callable[[], None]
+
+
+class StreamTimer(Protocol):
+    """Times what a device does between two points of its stream, without waiting for it."""
+
+    def start(self) -> None:
+        """A span begins here."""
+        ...
+
+    def stop(self, stage: SpanStage, bucket: int, size_bytes: int) -> None:
+        """It ends here."""
+        ...
+
+    def take(self) -> tuple[tuple[Span, ...], int]:
+        """Spans that the device has ended, and how many were dropped."""
+        ...
+
+    def close(self) -> None:
+        """Give its events back."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +72,10 @@ class Buffer(Protocol):
         """A mark after all writes so far."""
         ...
 
+    def timer(self) -> StreamTimer | None:
+        """Times the writes; None where they are done when the call returns."""
+        ...
+
     def close(self) -> None:
         """Give it back. Idempotent."""
         ...
@@ -64,6 +90,10 @@ class MappedBuffer(Protocol):
 
     def mark(self) -> Mark:
         """A mark after all work that this rank has queued on its device so far."""
+        ...
+
+    def timer(self) -> StreamTimer | None:
+        """Times this rank's work on its device; None where it is done when a call returns."""
         ...
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 from ckpt_core.errors import Outcome
+from ckpt_core.trace import NO_BUCKET, Span, SpanStage, Track
 from ckpt_core.wire import AgentStats, RankStats
 
 
@@ -56,6 +57,7 @@ class UpdateReport:
         transfer_gb_s: checkpoint bytes / 1e9 / seconds from begin to the last rank verified.
         verified: level of verification that every rank passed.
         requests_in_flight: requests that the pause met, where engines tell.
+        tracks: what happened when, where a trace was asked for.
         digest_s, locked_bytes, lock_s: within PREPARE: digests of the checkpoint, and new page locks of the host pool.
     """
 
@@ -77,10 +79,11 @@ class UpdateReport:
     lock_s: float
     ranks: tuple[RankReport, ...]
     agents: tuple[AgentStats, ...]
+    tracks: tuple[Track, ...] = ()
 
     def to_json(self) -> bytes:
-        """Stable, indented JSON."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        """Stable, indented JSON, without the tracks."""
+        return msgspec.json.format(msgspec.json.encode(replace(self, tracks=())), indent=2) + b"\n"
 
     def write_metrics(self, path: Path) -> None:
         """Write a Prometheus text file (for a node exporter's textfile collector), atomically."""
@@ -102,9 +105,10 @@ class UpdateReport:
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds by stage."""
+    """Seconds by stage, and when each was."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
@@ -113,4 +117,6 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[stage.value] = self.seconds.get(stage.value, 0.0) + time.perf_counter() - start
+            end = time.perf_counter()
+            self.seconds[stage.value] = self.seconds.get(stage.value, 0.0) + end - start
+            self.spans.append(Span(SpanStage(stage.value), NO_BUCKET, start, end))

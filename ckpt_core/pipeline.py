@@ -14,6 +14,7 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan, Step
 from ckpt_core.polling import Poller
 from ckpt_core.staging import HostPool
+from ckpt_core.trace import SpanRecorder, SpanStage, Unrecorded
 from ckpt_core.transport.base import RingReader, RingWriter
 from ckpt_core.wire import AgentStats
 
@@ -51,31 +52,38 @@ class Outgoing:
         return self.plan is plan and self.layout_of_pool is pool.layout
 
 
-def send(outgoing: Outgoing, *, writer: RingWriter, poller: Poller) -> AgentStats:
+def send(outgoing: Outgoing, *, writer: RingWriter, poller: Poller, spans: SpanRecorder | None = None) -> AgentStats:
     """Copy every bucket of one owner into its ring, each as soon as what it overwrites has been read.
 
-    Returns when all receivers are done with the last one.
+    Returns when all receivers are done with the last one. With `spans`, what the host did is recorded there.
     """
     with _no_garbage_collection():
-        return _send(outgoing, writer, poller)
+        return _send(outgoing, writer, poller, spans or Unrecorded())
 
 
-def _send(outgoing: Outgoing, writer: RingWriter, poller: Poller) -> AgentStats:
+def _send(outgoing: Outgoing, writer: RingWriter, poller: Poller, spans: SpanRecorder) -> AgentStats:
     start = time.perf_counter()
     copy_s = 0.0
     who = f"agent {outgoing.owner}"
     for step, parts in outgoing.steps:
+        asked = time.perf_counter()
         poller.until(
             lambda after=step.free_after_seq: _advance(writer) and writer.done() >= after,  # type: ignore[misc]
             f"room in the ring of {who} for bucket {step.index}",
         )
         began = time.perf_counter()
         writer.fill(step, parts)
-        copy_s += time.perf_counter() - began
+        ended = time.perf_counter()
+        copy_s += ended - began
+        spans.add(SpanStage.WAIT_ROOM, step.index, asked, began)
+        spans.add(SpanStage.FILL, step.index, began, ended, step.bucket.size_bytes)
         writer.advance()
         poller.check_now_and_then(f"bucket {step.index} of {who}")
     last = outgoing.steps[-1][0].seq if outgoing.steps else 0
-    poller.until(lambda: writer.advance() >= last and writer.done() >= last, f"the ranks to read {who}'s last bucket")
+    with spans.timed(SpanStage.WAIT_READ):
+        poller.until(
+            lambda: writer.advance() >= last and writer.done() >= last, f"the ranks to read {who}'s last bucket"
+        )
     return AgentStats(
         sent_bytes=sum(step.bucket.size_bytes for step, _ in outgoing.steps),
         copy_s=copy_s,
@@ -108,21 +116,36 @@ def _drain(readers: Sequence[RingReader]) -> bool:
     return True
 
 
-def receive(plan: Plan, receiver: int, *, readers: Sequence[RingReader], consume: Consume, poller: Poller) -> None:
+def receive(
+    plan: Plan,
+    receiver: int,
+    *,
+    readers: Sequence[RingReader],
+    consume: Consume,
+    poller: Poller,
+    spans: SpanRecorder | None = None,
+) -> None:
     """Take the buckets of all owners in the plan's order; `consume` those meant for this receiver, pass over the others."""
     with _no_garbage_collection():
-        _receive(plan, receiver, readers, consume, poller)
+        _receive(plan, receiver, readers, consume, poller, spans or Unrecorded())
 
 
-def _receive(plan: Plan, receiver: int, readers: Sequence[RingReader], consume: Consume, poller: Poller) -> None:
+def _receive(  # noqa: PLR0917
+    plan: Plan, receiver: int, readers: Sequence[RingReader], consume: Consume, poller: Poller, spans: SpanRecorder
+) -> None:
     for step in plan.steps:
         reader = readers[step.owner]
         if receiver in step.receivers:
+            asked = time.perf_counter()
             poller.until(
                 lambda reader=reader, seq=step.seq: _drain(readers) and reader.published() >= seq,  # type: ignore[misc]
                 f"bucket {step.index} from agent {step.owner}",
             )
+            spans.add(SpanStage.WAIT_BYTES, step.index, asked, time.perf_counter())
             consume(step)
         reader.release(step.seq)
         poller.check_now_and_then(f"bucket {step.index}")
-    poller.until(lambda: all(reader.drained() for reader in readers), "this rank's device to be done with the rings")
+    with spans.timed(SpanStage.WAIT_DRAIN):
+        poller.until(
+            lambda: all(reader.drained() for reader in readers), "this rank's device to be done with the rings"
+        )

@@ -13,9 +13,12 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 
-from ckpt_core import wire
+import msgspec
+
+from ckpt_core import process, wire
 from ckpt_core.agents import AgentGroup
 from ckpt_core.agreement import Agreement, KnownPlan, Terms, rank_keys, version_digest
 from ckpt_core.config import UpdateConfig
@@ -27,6 +30,7 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import RankReport, Stage, Stopwatch, UpdateReport
 from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
+from ckpt_core.trace import Lane, Track, TrackKind
 
 _log = logging.getLogger(__name__)
 _UNDO_TIMEOUT_S = 30.0
@@ -195,7 +199,7 @@ class Session:
             self._follow(Stage.TRANSFER, sum(plan.bytes_needed_by_receiver), {})
             for peer in self._hellos:
                 self._talk.tell(peer, wire.Begin())
-            self._agents.start_sending(timeout_s=self._config.transfer_timeout_s)
+            self._agents.start_sending(timeout_s=self._config.transfer_timeout_s, trace=self._config.trace)
             self._await_transfer()
         self._move(SessionState.VERIFYING)
 
@@ -353,8 +357,30 @@ class Session:
             locked_bytes=self._pool.locked_bytes,
             lock_s=self._pool.lock_s,
             ranks=tuple(self._rank_report(peer, manifest) for peer in self._hellos),
-            agents=tuple(self._sent[peer].stats for peer in self._agents.peers),
+            agents=tuple(msgspec.structs.replace(self._sent[peer].stats, tracks=()) for peer in self._agents.peers),
+            tracks=self._tracks(),
         )
+
+    def _tracks(self) -> tuple[Track, ...]:
+        """Of the controller, agents and ranks, by their full names."""
+        if not self._config.trace:
+            return ()
+        here = process.current()
+        own = Track(
+            name="controller",
+            kind=TrackKind.CONTROLLER,
+            lane=Lane.HOST,
+            pid=here.pid,
+            boot_id=here.boot_id,
+            spans=tuple(self._watch.spans),
+        )
+        agents = [track for peer in self._agents.peers for track in self._sent[peer].stats.tracks]
+        ranks = [
+            replace(track, name=self._name(hello))
+            for peer, hello in self._hellos.items()
+            for track in self._verified[peer].stats.tracks
+        ]
+        return (own, *agents, *ranks)
 
     def _rank_report(self, peer: bytes, manifest: Manifest) -> RankReport:
         hello, verified = self._hellos[peer], self._verified[peer]
@@ -367,7 +393,7 @@ class Session:
             version=self._version,
             digest=version_digest(manifest),
             fingerprint=verified.fingerprint,
-            stats=verified.stats,
+            stats=msgspec.structs.replace(verified.stats, tracks=()),
         )
 
 

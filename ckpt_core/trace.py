@@ -136,6 +136,13 @@ class SpanRecorder:
         return spans, dropped
 
 
+class Unrecorded(SpanRecorder):
+    """Takes spans and keeps none."""
+
+    def add(self, stage: SpanStage, bucket: int, start_s: float, end_s: float, size_bytes: int = 0) -> None:
+        """Nothing."""
+
+
 class TimedEvent(Protocol):
     """A point in a device's stream that knows its time."""
 

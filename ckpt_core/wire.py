@@ -17,6 +17,7 @@ from ckpt_core.layout import Layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
+from ckpt_core.trace import Track
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 512 << 20  # a plan of a trillion parameters in 140,000 tensors takes some 30 MB
@@ -64,6 +65,7 @@ class RankStats(msgspec.Struct, frozen=True, kw_only=True):
     retained_bytes: int
     digested_bytes: int
     ignored: tuple[str, ...] = ()
+    tracks: tuple[Track, ...] = ()
 
 
 class AgentStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +75,7 @@ class AgentStats(msgspec.Struct, frozen=True, kw_only=True):
     copy_s: float
     wait_s: float
     total_s: float
+    tracks: tuple[Track, ...] = ()
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -126,6 +129,7 @@ class OfferPlan(Message, frozen=True, kw_only=True):
     verify: str
     fingerprint: bool
     transfer_timeout_s: float
+    trace: bool = False
 
 
 class Begin(Message, frozen=True, kw_only=True):
@@ -200,9 +204,10 @@ class OpenRing(Message, frozen=True, kw_only=True):
 
 
 class Send(Message, frozen=True, kw_only=True):
-    """Send your buckets of the plan that the ring was opened for."""
+    """Send your buckets of the plan that the ring was opened for; with `trace`, record when each was copied."""
 
     timeout_s: float
+    trace: bool = False
 
 
 class CloseRing(Message, frozen=True, kw_only=True):

@@ -32,6 +32,8 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import receive
 from ckpt_core.plan import Plan, check_plan
 from ckpt_core.polling import Poller
+from ckpt_core.trace import SpanRecorder, SpanStage, TrackKind
+from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.base import RingReader
 from ckpt_core.transport.ipc import IpcRingReader
 from ckpt_core.verify import fingerprint
@@ -185,15 +187,22 @@ class _Attachment:
         )
         begin_s = self._begin(update)
         digests = offer.digests if offer.verify == VerifyLevel.ARRIVAL.value else None
-        applier = Applier(self._plugin, self._worker, update, agreed.incoming, digests)
+        tracks = ProcessTracks(f"rank {self._info.rank}", TrackKind.RANK, wanted=offer.trace)
+        if offer.trace and self._readers:
+            tracks.timer = self._readers[0].timer()
+        applier = Applier(
+            self._plugin, self._worker, update, agreed.incoming, digests, spans=tracks.spans, timer=tracks.timer
+        )
         self._phase = "load"
-        wait_s = self._receive(offer, agreed.plan, applier)
+        wait_s = self._receive(offer, agreed.plan, applier, tracks.spans)
         self._phase = "finish"
         start = time.perf_counter()
-        self._hook.ckpt_finish(worker=self._worker, update=update)
+        with tracks.spans.timed(SpanStage.FINISH):
+            self._hook.ckpt_finish(worker=self._worker, update=update)
         finish_s = time.perf_counter() - start
         self._phase = "verify"
-        print_, fingerprint_s = self._fingerprint(wanted=offer.fingerprint)
+        with tracks.spans.timed(SpanStage.FINGERPRINT):
+            print_, fingerprint_s = self._fingerprint(wanted=offer.fingerprint)
         stats = wire.RankStats(
             received_bytes=applier.received_bytes,
             wait_s=wait_s,
@@ -205,7 +214,10 @@ class _Attachment:
             retained_bytes=applier.retained_bytes,
             digested_bytes=applier.digested_bytes,
             ignored=tuple(applier.ignored),
+            tracks=tracks.take(),
         )
+        if tracks.timer is not None:
+            tracks.timer.close()
         self._line.send(wire.Verified(stats=stats, fingerprint=print_))
 
     def _begin(self, update: Update) -> float:
@@ -219,7 +231,7 @@ class _Attachment:
             raise
         return time.perf_counter() - start
 
-    def _receive(self, offer: wire.OfferPlan, plan: Plan, applier: Applier) -> float:
+    def _receive(self, offer: wire.OfferPlan, plan: Plan, applier: Applier, spans: SpanRecorder) -> float:
         reporter = _Reporter(self._line, applier)
         timeout_s = offer.transfer_timeout_s
         poller = Poller(
@@ -227,7 +239,7 @@ class _Attachment:
             deadline=time.monotonic() + timeout_s,
             expired=lambda what: TransferTimeout(f"rank {self._info.rank} waited {timeout_s:g} s for {what}"),
         )
-        receive(plan, offer.receiver, readers=self._readers, consume=applier.consume, poller=poller)
+        receive(plan, offer.receiver, readers=self._readers, consume=applier.consume, poller=poller, spans=spans)
         return poller.waited_s
 
     def _fingerprint(self, *, wanted: bool) -> tuple[str, float]:

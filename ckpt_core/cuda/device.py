@@ -12,6 +12,7 @@ import numpy as np
 from ckpt_core.cuda import driver
 from ckpt_core.cuda.dlpack import DeviceBytes
 from ckpt_core.device import DevicePart, HostBytes, Mark, Unlock
+from ckpt_core.trace import DeviceSpans, Span, SpanStage
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,31 @@ class _PooledMark:
         return True
 
 
+class CudaTimer:
+    """Times a stream. See `device.StreamTimer`."""
+
+    def __init__(self, stream: c_void_p | int) -> None:
+        self._stream = stream
+        self._spans = DeviceSpans(lambda: driver.Event(timing=True))
+        self._spans.anchor(stream)
+
+    def start(self) -> None:
+        """A span begins here."""
+        self._spans.start(self._stream)
+
+    def stop(self, stage: SpanStage, bucket: int, size_bytes: int) -> None:
+        """It ends here."""
+        self._spans.stop(self._stream, stage, bucket, size_bytes)
+
+    def take(self) -> tuple[tuple[Span, ...], int]:
+        """Spans that the device has ended."""
+        return self._spans.take()
+
+    def close(self) -> None:
+        """Destroy its events."""
+        self._spans.close()
+
+
 class CudaBuffer:
     """A ring in device memory, seen by its agent."""
 
@@ -71,6 +97,10 @@ class CudaBuffer:
     def mark(self) -> Mark:
         """A mark after the copies so far."""
         return self._events.record(self._stream.handle)
+
+    def timer(self) -> CudaTimer:
+        """Times the copies."""
+        return CudaTimer(self._stream.handle)
 
     def close(self) -> None:
         """Wait for copies in flight, then give the memory back."""
@@ -106,6 +136,10 @@ class MappedCudaBuffer:
     def mark(self) -> Mark:
         """A mark at the present end of this rank's current stream."""
         return self._events.record(self._torch.cuda.current_stream(self._device).cuda_stream)
+
+    def timer(self) -> CudaTimer:
+        """Times this rank's current stream."""
+        return CudaTimer(self._torch.cuda.current_stream(self._device).cuda_stream)
 
     def close(self) -> None:
         """Wait for this rank's reads, then unmap."""

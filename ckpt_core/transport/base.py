@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from ckpt_core.device import DevicePart, HostBytes
+from ckpt_core.device import DevicePart, HostBytes, StreamTimer
 from ckpt_core.plan import Step
 from ckpt_core.wire import RingOffer
 
@@ -42,6 +42,10 @@ class RingWriter(Protocol):
         """The highest seq that every receiver is done with."""
         ...
 
+    def trace(self) -> StreamTimer | None:
+        """From now on time the copies on the device, if it has a clock of its own."""
+        ...
+
     def close(self) -> None:
         """Give the memory back. Idempotent."""
         ...
@@ -64,6 +68,10 @@ class RingReader(Protocol):
 
     def drained(self) -> bool:
         """Whether every release has reached the owner."""
+        ...
+
+    def timer(self) -> StreamTimer | None:
+        """Times this rank's work on its device, if that has a clock of its own."""
         ...
 
     def close(self) -> None:

@@ -14,11 +14,12 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_core.device import Buffer, Device, DevicePart, HostBytes, MappedBuffer, Mark
+from ckpt_core.device import Buffer, Device, DevicePart, HostBytes, MappedBuffer, Mark, StreamTimer
 from ckpt_core.devices import device_of
 from ckpt_core.errors import TransportError
 from ckpt_core.plan import Step
 from ckpt_core.shm import SharedFile
+from ckpt_core.trace import SpanStage
 from ckpt_core.wire import RingOffer
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class IpcRingWriter:
             self._buffer.close()
             raise
         self._in_flight: deque[tuple[int, Mark]] = deque()
+        self._timer: StreamTimer | None = None
 
     def offer(self) -> RingOffer:
         """How ranks map it."""
@@ -108,8 +110,12 @@ class IpcRingWriter:
 
     def fill(self, step: Step, parts: list[tuple[int, HostBytes | DevicePart]]) -> None:
         """Start the copies of one bucket."""
+        if self._timer is not None:
+            self._timer.start()
         for offset, source in parts:
             self._buffer.write(step.ring_offset_bytes + offset, source)
+        if self._timer is not None:
+            self._timer.stop(SpanStage.COPY, step.index, step.bucket.size_bytes)
         self._in_flight.append((step.seq, self._buffer.mark()))
 
     def advance(self) -> int:
@@ -122,8 +128,16 @@ class IpcRingWriter:
         """The slowest receiver."""
         return self._sequence.done()
 
+    def trace(self) -> StreamTimer | None:
+        """Time the copies of the following buckets."""
+        self._timer = self._buffer.timer()
+        return self._timer
+
     def close(self) -> None:
         """Give ring and numbers back."""
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
         self._in_flight.clear()
         self._buffer.close()
         self._sequence.close()
@@ -160,6 +174,10 @@ class IpcRingReader:
         """Whether this rank's device is done with all that was released."""
         self._drain()
         return not self._in_use
+
+    def timer(self) -> StreamTimer | None:
+        """Times this rank's device."""
+        return self._buffer.timer()
 
     def close(self) -> None:
         """Unmap."""

@@ -87,6 +87,9 @@ class LocalRingWriter:
         """The slowest receiver."""
         return min(self._ring.done)
 
+    def trace(self) -> None:
+        """None: plain memory has no clock of its own."""
+
     def close(self) -> None:
         """Nothing to give back."""
         self._filled.clear()
@@ -135,6 +138,9 @@ class LocalRingReader:
     def drained(self) -> bool:
         """Always: there is no device to wait for."""
         return True
+
+    def timer(self) -> None:
+        """None: plain memory has no clock of its own."""
 
     def close(self) -> None:
         """Nothing to unmap."""

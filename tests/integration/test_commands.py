@@ -51,6 +51,24 @@ def test_update_reports_to_people_and_machines(server, checkpoint_of, tmp_path):
     assert server.status()["version"] == "step-7"
 
 
+def test_a_trace_shows_every_bucket_of_every_agent_and_rank(server, checkpoint_of, tmp_path):
+    trace = tmp_path / "update.json"
+    ckpt("update", checkpoint_of(which="a"), "--endpoint", f"reference={server.url}", "--trace", trace)
+    events = json.loads(trace.read_bytes())["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert {"controller", "agent 0", "agent 1", f"rank 0 of reference at {server.url}"} <= names
+    spans = [event for event in events if event["ph"] == "X"]
+    filled = [event["args"]["bucket"] for event in spans if event["name"] == "fill"]
+    loaded = [event["args"]["bucket"] for event in spans if event["name"] == "load"]
+    assert sorted(filled) == list(range(len(filled)))
+    assert sorted(loaded) == sorted(2 * filled)  # by both ranks
+    page = ckpt("timeline", trace).stdout.strip()
+    assert page == str(tmp_path / "update.html")
+    text = (tmp_path / "update.html").read_text()
+    assert "<svg" in text
+    assert "agent 1" in text
+
+
 def test_update_by_name_and_url_writes_json_to_standard_output(server, checkpoint_of):
     done = ckpt("update", checkpoint_of(which="a"), "--endpoint", f"reference={server.url}", "--json", "-")
     report = json.loads(done.stdout)

@@ -15,8 +15,10 @@ OPTIONS = {
     "demo": ["--cache", "--generated"],
     "engines": ["--json"],
     "inspect": ["--digest/--no-digest", "--json", "--tensors", "CHECKPOINT"],
+    "limits": ["--json", "--seconds"],
     "plan": ["--agents", "--bucket-mib", "--explain", "--json", "--ranks", "--ring-mib", "CHECKPOINT"],
     "ready": ["--endpoint", "--engine", "--json"],
+    "timeline": ["--out", "TRACE"],
     "update": [
         "--allow-missing",
         "--allow-stale-cache",
@@ -31,6 +33,7 @@ OPTIONS = {
         "--pause-timeout-s",
         "--ring-mib",
         "--timeout-s",
+        "--trace",
         "--verify",
         "--version",
         "CHECKPOINT",

@@ -44,6 +44,7 @@ LINE = (
     "devices",
     "device_source",
     "limits",
+    "tracks",
     "staging",
     "transport",
     "pipeline",
