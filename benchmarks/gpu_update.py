@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from shapes import MODELS
 
 import ckpt_core
 from ckpt_core.config import MIB, UpdateConfig, VerifyLevel
-from ckpt_core.metrics import UpdateReport
+from ckpt_core.metrics import Stage, UpdateReport
 
 GIB = 1 << 30
 
@@ -45,6 +45,7 @@ class Case:
     bucket_mib: int
     cut: bool = True
     one_visible: bool = True
+    digest: bool = False
     repeats: int = 7
 
 
@@ -67,9 +68,33 @@ class Result:
     last: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def agree_s(self) -> float:
+        """Attach, layouts, plan and mapping of a steady update."""
+        return sum(self.last["stages"].get(stage, 0.0) for stage in ("attach", "layout", "plan"))
+
+    @property
     def median_gb_s(self) -> float:
         """Of the steady updates."""
         return self.size_gb / statistics.median(self.steady_s)
+
+
+COLUMNS = (
+    "case",
+    "ring",
+    "GB",
+    "median s",
+    "min",
+    "max",
+    "GB/s",
+    "% limit",
+    "agree s",
+    "pause s",
+    "first/steady",
+    "lock GB/s",
+    "digest s",
+    "GPU MiB",
+    "wrong",
+)
 
 
 def measure_limit(world: int) -> float:
@@ -105,18 +130,26 @@ def run_case(case: Case, checkpoint: Path, seed: int, world: int) -> Result:
         ring_bytes=case.ring_mib * MIB,
         bucket_bytes=case.bucket_mib * MIB,
         verify=VerifyLevel.NONE,
+        digest_content=case.digest,
         fingerprint=False,
     )
+    free: list[int] = []
+
+    def watch(_stage: Stage, _done: int, _total: int) -> None:
+        free.append(torch.cuda.mem_get_info(0)[0])
+
     with MockEngine(options, uuids) as engine:
-        before = min(free for free, _ in engine.call("memory"))
+        engine.call("wrong", seed)  # what this check takes, torch keeps: it is not the update's
+        before = torch.cuda.mem_get_info(0)[0]
         targets = [ckpt_core.Target(engine="mock", url="mock", handle=engine, plugin=plugin())]
-        with ckpt_core.Updater(targets, config=config) as updater:
+        with ckpt_core.Updater(targets, config=config, on_progress=watch) as updater:
             for number in range(case.repeats + 1):
                 engine.call("poison")
                 report = updater.update(checkpoint, version=str(number))
+                if number == 0:
+                    result.gpu_overhead_mib = (before - min(free, default=before)) / MIB
                 result.wrong += sum(engine.call("wrong", seed))
                 _note(result, report, first=number == 0)
-            result.gpu_overhead_mib = (before - min(free for free, _ in engine.call("memory"))) / MIB
     return result
 
 
@@ -130,7 +163,7 @@ def _note(result: Result, report: UpdateReport, *, first: bool) -> None:
         result.first = details
         result.first_s = report.stages["transfer"]
         result.first_pause_s = report.pause_s
-        result.lock_gb_s = report.locked_bytes / 1e9 / report.lock_s if report.lock_s else 0.0
+        result.lock_gb_s = result.size_gb / report.lock_s if report.lock_s else 0.0
         result.digest_s = report.digest_s
         return
     result.last = details
@@ -153,20 +186,7 @@ def run_peer(script: Path, model: str, layers: int, repeats: int, world: int) ->
 def print_results(results: list[Result], peers: dict[str, dict[str, Any]], limit: float, console: Console) -> None:
     """One table for all."""
     table = Table(title=f"limit of the bus, all GPUs at once: {limit:.1f} GB/s")
-    for name in (
-        "case",
-        "ring",
-        "GB",
-        "median s",
-        "min",
-        "max",
-        "GB/s",
-        "% limit",
-        "first s",
-        "pause s",
-        "lock GB/s",
-        "wrong",
-    ):
+    for name in COLUMNS:
         table.add_column(name, justify="left" if name == "case" else "right")
     for result in results:
         case, steady = result.case, result.steady_s
@@ -179,9 +199,12 @@ def print_results(results: list[Result], peers: dict[str, dict[str, Any]], limit
             f"{max(steady):.4f}",
             f"{result.median_gb_s:.1f}",
             f"{100 * result.median_gb_s / limit:.1f}",
-            f"{result.first_s:.3f}",
+            f"{result.agree_s:.3f}",
             f"{statistics.median(result.pause_s):.3f}",
+            f"{result.first_pause_s / statistics.median(result.pause_s):.2f}",
             f"{result.lock_gb_s:.1f}",
+            f"{result.digest_s:.2f}" if result.case.digest else "-",
+            f"{result.gpu_overhead_mib:.0f}",
             str(result.wrong),
         )
     for model, peer in peers.items():
@@ -198,9 +221,12 @@ def print_results(results: list[Result], peers: dict[str, dict[str, Any]], limit
             f"{max(peer['update']):.4f}",
             f"{statistics.median(rates):.1f}",
             f"{100 * statistics.median(rates) / limit:.1f}",
-            f"{peer['update'][0]:.3f}",
             "",
+            f"{statistics.median(peer['update']):.3f}",
+            f"{peer['update'][0] / statistics.median(peer['update'][1:]):.2f}",
             f"{peer['GB'] / peer['register']:.1f}",
+            "-",
+            "",
             "",
         )
     console.print(table)
@@ -243,20 +269,17 @@ def main() -> None:
         checkpoint = options.directory / f"{model}-{layers}.safetensors"
         if not checkpoint.exists():
             write_checkpoint(checkpoint, MODELS[model](int(layers)), seed=1)
+        sizes = [(ring, bucket) for ring in options.ring or [128] for bucket in options.bucket or [ring // 4]]
         cases = [
             Case(model=model, layers=int(layers), ring_mib=ring, bucket_mib=bucket, repeats=options.repeats)
-            for ring in options.ring or [128]
-            for bucket in options.bucket or [32]
+            for ring, bucket in sizes
             if bucket <= ring
         ]
+        cases[0] = replace(cases[0], digest=True)
         if options.whole:
-            cases.append(
-                Case(model=model, layers=int(layers), ring_mib=128, bucket_mib=32, cut=False, repeats=options.repeats)
-            )
+            cases.append(replace(cases[0], cut=False, digest=False))
         if options.all_visible:
-            cases.append(
-                Case(model=model, layers=int(layers), ring_mib=128, bucket_mib=32, one_visible=False, repeats=3)
-            )
+            cases.append(replace(cases[0], one_visible=False, digest=False))
         for case in cases:
             console.print(f"{case}", highlight=False)
             results.append(run_case(case, checkpoint, 1, options.world))
