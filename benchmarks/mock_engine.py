@@ -75,6 +75,8 @@ class MockWorker:
         }
         self._warm_up()
         self._places: dict[tuple[str, Box | None], tuple[torch.Tensor, Box, bool] | None] = {}
+        for name in self.shapes:
+            self._place(name, None)
 
     def _warm_up(self) -> None:
         """Load the copy kernel, as an engine that has served has done long ago."""

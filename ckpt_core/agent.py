@@ -32,6 +32,7 @@ from ckpt_core.staging import HostPool
 from ckpt_core.trace import TrackKind
 from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.ipc import IpcRingWriter
+from ckpt_core.uncollected import uncollected
 
 _log = logging.getLogger(__name__)
 _IDLE_POLL_S = 0.2
@@ -101,7 +102,8 @@ class Agent:
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise TransportError(f"an agent has no use for a {type(message).__name__}")
-            reply = handler(message)
+            with uncollected():
+                reply = handler(message)
         except AbortRequested:
             reply = self._close_ring(None)
         except PeerLost:

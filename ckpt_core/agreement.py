@@ -100,7 +100,6 @@ class Agreement:
             {self._name(self._hellos[peer]): reply.layout for peer, reply in replies.items()},
             allow_missing=config.allow_missing,
             allow_unexpected=config.allow_unexpected,
-            manifest=manifest,
         )
         return [replies[peer] for peer in self._hellos]
 
@@ -137,12 +136,14 @@ class Agreement:
 
     def _offer(self, plan: Plan, *, known: bool) -> None:
         manifest = self._terms.manifest
-        rings = self._agents.open_rings(None if known else plan, None if known else manifest, timeout_s=self._timeout_s)
+        if known:
+            rings = self._agents.open_rings(None, None, timeout_s=self._timeout_s)
+        else:
+            for receiver, peer in enumerate(self._hellos):
+                self._talk.tell(peer, wire.CheckPlan(plan=plan, receiver=receiver))
+            rings = self._agents.open_rings(plan, manifest, timeout_s=self._timeout_s)
         digests = tuple(meta.digest for meta in manifest.tensors)
-        offers = {
-            peer: self._offer_to(receiver, None if known else plan, digests, rings)
-            for receiver, peer in enumerate(self._hellos)
-        }
+        offers = {peer: self._offer_to(receiver, digests, rings) for receiver, peer in enumerate(self._hellos)}
         agreed = self._talk.ask(offers, wire.PlanAgreed, timeout_s=self._timeout_s)
         for peer, reply in agreed.items():
             if reply.digest != plan.digest:
@@ -151,12 +152,9 @@ class Agreement:
                     "install the same ckpt-core on both sides"
                 )
 
-    def _offer_to(
-        self, receiver: int, plan: Plan | None, digests: tuple[str, ...], rings: tuple[wire.RingOffer, ...]
-    ) -> wire.OfferPlan:
+    def _offer_to(self, receiver: int, digests: tuple[str, ...], rings: tuple[wire.RingOffer, ...]) -> wire.OfferPlan:
         terms = self._terms
         return wire.OfferPlan(
-            plan=plan,
             digests=digests,
             rings=rings,
             receiver=receiver,

@@ -3,10 +3,8 @@ for the other beyond the sequence numbers of a ring that holds several buckets."
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ckpt_core.device import DevicePart, HostBytes
@@ -57,8 +55,7 @@ def send(outgoing: Outgoing, *, writer: RingWriter, poller: Poller, spans: SpanR
 
     Returns when all receivers are done with the last one. With `spans`, what the host did is recorded there.
     """
-    with _no_garbage_collection():
-        return _send(outgoing, writer, poller, spans or Unrecorded())
+    return _send(outgoing, writer, poller, spans or Unrecorded())
 
 
 def _send(outgoing: Outgoing, writer: RingWriter, poller: Poller, spans: SpanRecorder) -> AgentStats:
@@ -92,18 +89,6 @@ def _send(outgoing: Outgoing, writer: RingWriter, poller: Poller, spans: SpanRec
     )
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A full collection in a process with an engine in it takes as long as many buckets."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _advance(writer: RingWriter) -> bool:
     writer.advance()
     return True
@@ -126,8 +111,7 @@ def receive(
     spans: SpanRecorder | None = None,
 ) -> None:
     """Take the buckets of all owners in the plan's order; `consume` those meant for this receiver, pass over the others."""
-    with _no_garbage_collection():
-        _receive(plan, receiver, readers, consume, poller, spans or Unrecorded())
+    _receive(plan, receiver, readers, consume, poller, spans or Unrecorded())
 
 
 def _receive(  # noqa: PLR0917

@@ -31,6 +31,7 @@ from ckpt_core.metrics import RankReport, Stage, Stopwatch, UpdateReport
 from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
 from ckpt_core.trace import Lane, Track, TrackKind
+from ckpt_core.uncollected import uncollected
 
 _log = logging.getLogger(__name__)
 _UNDO_TIMEOUT_S = 30.0
@@ -131,6 +132,12 @@ class Session:
         """
         manifest = self._prepare()
         self._move(SessionState.PLANNED)
+        with uncollected():
+            plan = self._move_engines(manifest)
+        return self._report(manifest, plan)
+
+    def _move_engines(self, manifest: Manifest) -> Plan:
+        """From the pause to the resume."""
         try:
             self._pause()
             self._attach()
@@ -142,7 +149,7 @@ class Session:
                 raise aborted from error
         self.known_plan = KnownPlan(plan=plan, ranks=rank_keys(self._hellos))
         self._serve()
-        return self._report(manifest, plan)
+        return plan
 
     # -- the way forward ---------------------------------------------------------------------------------------------
     def _prepare(self) -> Manifest:

@@ -110,16 +110,21 @@ class AskLayout(Message, frozen=True, kw_only=True):
     manifest: Manifest
 
 
+class CheckPlan(Message, frozen=True, kw_only=True):
+    """Check this plan while agents open their rings for it; the offer follows. `receiver` is the rank's index in it."""
+
+    plan: Plan
+    receiver: int
+
+
 class OfferPlan(Message, frozen=True, kw_only=True):
-    """Map the rings, check the plan, and say whether you agree.
+    """Map the rings, and say whether you agree to the plan that you know or were just sent.
 
     Attributes:
-        plan: None for the one that the rank said it knows.
         digests: content of the checkpoint's tensors, in the order of its manifest.
         receiver: the rank's index in the plan.
     """
 
-    plan: Plan | None
     digests: tuple[str, ...]
     rings: tuple[RingOffer, ...]
     receiver: int
@@ -256,6 +261,7 @@ AnyMessage = (
     | Ping
     | Abort
     | AskLayout
+    | CheckPlan
     | OfferPlan
     | Begin
     | Commit

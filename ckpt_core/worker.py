@@ -36,6 +36,7 @@ from ckpt_core.trace import SpanRecorder, SpanStage, TrackKind
 from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.base import RingReader
 from ckpt_core.transport.ipc import IpcRingReader
+from ckpt_core.uncollected import uncollected
 from ckpt_core.verify import fingerprint
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def attach(
         plugin = plugin or plugins.load(engine)
         info: RankInfo = plugin.hook.ckpt_identify(worker=worker)
         rank = info.rank
-        with Line(rendezvous.address, rendezvous.token, rendezvous.silence_timeout_s) as line:
+        with uncollected(), Line(rendezvous.address, rendezvous.token, rendezvous.silence_timeout_s) as line:
             outcome, error = _Attachment(worker, plugin, line, info, rendezvous).run()
     except Exception as failure:  # noqa: BLE001 raising into an engine's RPC may desynchronise it for good
         _log.exception("attach failed on rank %d", rank)
@@ -70,6 +71,7 @@ class AgreedPlan:
     """A plan that this rank checked against its own layout, and what it takes out of it."""
 
     plan: Plan
+    receiver: int
     incoming: Incoming
 
 
@@ -137,16 +139,22 @@ class _Attachment:
         first = self._line.expect(wire.AskLayout, wire.OfferPlan)
         if isinstance(first, wire.AskLayout):
             layout = self._layout(first.manifest)
-            offer = self._line.expect(wire.OfferPlan)
-            known = self._check(offer, first.manifest, layout)
-        else:
-            assert isinstance(first, wire.OfferPlan)
-            offer = first
+            # more than one plan comes where a device has no room for the ring of the first
+            while isinstance(message := self._line.expect(wire.CheckPlan, wire.OfferPlan), wire.CheckPlan):
+                known = self._check(message, first.manifest, layout)
+            first = message
+        assert isinstance(first, wire.OfferPlan)
+        offer = first
         if known is None:
             raise PlanError(
                 "the controller offers a plan that this rank does not know; install the same ckpt-core on both"
             )
         self._phase = "plan"
+        if len(offer.rings) != known.plan.agents or offer.receiver != known.receiver:
+            raise PlanError(
+                f"the plan is for {known.plan.agents} agents and has this rank as number {known.receiver}; the offer has "
+                f"{len(offer.rings)} rings and number {offer.receiver}"
+            )
         for ring in offer.rings:
             reader = IpcRingReader(
                 ring,
@@ -166,16 +174,13 @@ class _Attachment:
         self._line.send(wire.LayoutReply(layout=layout))
         return layout
 
-    def _check(self, offer: wire.OfferPlan, manifest: Manifest, layout: Layout) -> AgreedPlan:
+    def _check(self, asked: wire.CheckPlan, manifest: Manifest, layout: Layout) -> AgreedPlan:
         self._phase = "plan"
-        plan = offer.plan
-        if plan is None or len(offer.rings) != plan.agents or not 0 <= offer.receiver < plan.receivers:
-            raise PlanError(
-                f"the offer has {len(offer.rings)} rings, makes this rank number {offer.receiver}, and its plan is "
-                f"{'missing' if plan is None else f'for {plan.agents} agents and {plan.receivers} ranks'}"
-            )
-        check_plan(plan, manifest, {offer.receiver: layout})
-        return AgreedPlan(plan=plan, incoming=Incoming(plan, offer.receiver, manifest, layout))
+        plan, receiver = asked.plan, asked.receiver
+        if not 0 <= receiver < plan.receivers:
+            raise PlanError(f"the plan is for {plan.receivers} ranks, this one is to be number {receiver}")
+        check_plan(plan, manifest, {receiver: layout})
+        return AgreedPlan(plan=plan, receiver=receiver, incoming=Incoming(plan, receiver, manifest, layout))
 
     def _load(self, offer: wire.OfferPlan, agreed: AgreedPlan) -> None:
         self._line.expect(wire.Begin)

@@ -37,6 +37,7 @@ LINE = (
     "channel",
     "shm",
     "polling",
+    "uncollected",
     "numa",
     "device",
     "cpu",
