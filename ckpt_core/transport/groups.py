@@ -232,11 +232,21 @@ class _Works:
                 return False
             with self._group._failures():
                 # On a device `wait` only queues; a failure there counts as complete, too.
-                if self._on_device and (failure := work.exception()) is not None:
+                if self._on_device and (failure := _failure_of(work)) is not None:
                     raise RuntimeError(str(failure))
                 work.wait()
             self._works.popleft()
         return True
+
+
+def _failure_of(work: Any) -> object | None:
+    """What made a completed piece of work fail. Some builds of torch cannot hand it to Python: then the peers' own
+    connections have to tell of a death."""
+    try:
+        found: object | None = work.exception()
+    except TypeError:
+        return None
+    return found
 
 
 def _from(source: int) -> distributed.BroadcastOptions:
