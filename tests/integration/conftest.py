@@ -185,7 +185,7 @@ def stall(monkeypatch):
     """See Stall. Give its `on_progress` to the updater."""
     made = Stall()
     monkeypatch.setattr(
-        AgentGroup, "start_sending", lambda group, *, timeout_s: made.start_sending(group, timeout_s=timeout_s)
+        AgentGroup, "start_sending", lambda group, *, timeout_s, trace: made.start_sending(group, timeout_s=timeout_s)
     )
     return made
 

@@ -152,7 +152,7 @@ from ckpt_core.agents import AgentGroup
 from ckpt_core.metrics import Stage
 from ckpt_core.wire import Send
 
-def half(group, *, timeout_s):
+def half(group, *, timeout_s, trace):
     group._conversation.tell(group.peers[0], Send(timeout_s=timeout_s))
 
 def end(stage, done, total):
