@@ -22,12 +22,13 @@ from ckpt_core import process, wire
 from ckpt_core.agents import AgentGroup
 from ckpt_core.agreement import Agreement, KnownPlan, Terms, rank_keys, version_digest
 from ckpt_core.config import UpdateConfig
-from ckpt_core.contract import AbortOutcome, Rendezvous
+from ckpt_core.contract import Rendezvous
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import CkptError, EngineStateError, Outcome, UpdateAborted
 from ckpt_core.fleet import Fleet
 from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import RankReport, Stage, Stopwatch, UpdateReport
+from ckpt_core.outcomes import SAYS, outcomes_by_endpoint, worst
 from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
 from ckpt_core.trace import Lane, Track, TrackKind
@@ -254,8 +255,9 @@ class Session:
         begun = self.state in (SessionState.LOADING, SessionState.VERIFYING)
         for peer in self._hellos:
             self._talk.tell(peer, wire.Abort(cause=str(error) or type(error).__name__))
-        by_endpoint = self._outcomes(self._last_words(), begun=begun)
-        outcome = max(by_endpoint.values(), key=_SEVERITY.index)
+        urls = [member.endpoint.url for member in self._fleet.members]
+        by_endpoint = outcomes_by_endpoint(urls, self._hellos, self._last_words(), begun=begun)
+        outcome = worst(by_endpoint.values())
         if outcome is Outcome.COMMITTED:
             self._move(SessionState.COMMITTED)
             return None
@@ -264,7 +266,7 @@ class Session:
         if outcome is not Outcome.POISONED:
             causes += self._resume_old()
         return UpdateAborted(
-            f"update {self.update_id} to {self._version}: {_SAYS[outcome]} Cause: {error or type(error).__name__}",
+            f"update {self.update_id} to {self._version}: {SAYS[outcome]} Cause: {error or type(error).__name__}",
             outcome=outcome,
             by_endpoint=by_endpoint,
             causes=causes,
@@ -277,22 +279,6 @@ class Session:
         }
         words = self._talk.gather(open_ends, timeout_s=_UNDO_TIMEOUT_S, patient=True)
         return {**words, **self._committed}
-
-    def _outcomes(self, words: dict[bytes, wire.Aborted | wire.Committed], *, begun: bool) -> dict[str, Outcome]:
-        """Worst outcome of each endpoint's ranks. A rank that does not answer may hold anything once it was told to begin."""
-        of_ranks: dict[str, list[Outcome]] = {member.endpoint.url: [] for member in self._fleet.members}
-        for peer, hello in self._hellos.items():
-            word = words.get(peer)
-            if isinstance(word, wire.Committed):
-                outcome = Outcome.COMMITTED
-            elif isinstance(word, wire.Aborted):
-                outcome = _OUTCOME_OF[word.outcome]
-            else:
-                outcome = Outcome.POISONED if begun else Outcome.CLEAN
-            of_ranks[self._fleet.members[hello.endpoint_index].endpoint.url].append(outcome)
-        return {
-            url: max(outcomes, key=_SEVERITY.index) if outcomes else Outcome.CLEAN for url, outcomes in of_ranks.items()
-        }
 
     def _free(self) -> list[BaseException]:
         try:
@@ -402,20 +388,6 @@ class Session:
             fingerprint=verified.fingerprint,
             stats=msgspec.structs.replace(verified.stats, tracks=()),
         )
-
-
-_SEVERITY = (Outcome.COMMITTED, Outcome.CLEAN, Outcome.RESTORED, Outcome.POISONED)
-_OUTCOME_OF = {
-    AbortOutcome.UNTOUCHED: Outcome.CLEAN,
-    AbortOutcome.RELOADABLE: Outcome.POISONED,
-    AbortOutcome.POISONED: Outcome.POISONED,
-}
-_SAYS = {
-    Outcome.COMMITTED: "committed.",
-    Outcome.CLEAN: "nothing was touched, engines serve the old weights.",
-    Outcome.RESTORED: "the old weights are back, verified.",
-    Outcome.POISONED: "engines hold mixed weights and stay paused; update them again, or restart them.",
-}
 
 
 def _order(hello: wire.RankHello) -> tuple[int, int]:

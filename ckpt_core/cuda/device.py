@@ -12,7 +12,8 @@ import numpy as np
 from ckpt_core.cuda import driver
 from ckpt_core.cuda.dlpack import DeviceBytes
 from ckpt_core.device import DevicePart, HostBytes, Mark, Unlock
-from ckpt_core.trace import DeviceSpans, Span, SpanStage
+from ckpt_core.device_spans import DeviceSpans
+from ckpt_core.trace import Span, SpanStage
 
 if TYPE_CHECKING:
     import torch

@@ -13,15 +13,14 @@ import pytest
 
 from ckpt_core import trace
 from ckpt_core.cuda import driver
+from ckpt_core.device_spans import DeviceSpans, TimedEvent
 from ckpt_core.errors import ConfigError
 from ckpt_core.metrics import Stage
 from ckpt_core.trace import (
-    DeviceSpans,
     Lane,
     Span,
     SpanRecorder,
     SpanStage,
-    TimedEvent,
     Track,
     TrackKind,
     aligned,

@@ -1,0 +1,78 @@
+"""What is told of an update that failed."""
+
+import gc
+
+import pytest
+
+from ckpt_core import wire
+from ckpt_core.agreement import KnownPlan, rank_keys
+from ckpt_core.contract import AbortOutcome, DeviceKind, RankInfo
+from ckpt_core.dtypes import DType
+from ckpt_core.errors import Outcome
+from ckpt_core.layout import whole_layout
+from ckpt_core.manifest import Manifest, TensorMeta
+from ckpt_core.outcomes import outcomes_by_endpoint
+from ckpt_core.plan import make_plan
+from ckpt_core.process import current
+from ckpt_core.uncollected import uncollected
+
+URLS = ["one", "two"]
+UNTOUCHED, RELOADABLE, POISONED = (wire.Aborted(outcome=outcome) for outcome in AbortOutcome)
+
+
+def hello(endpoint=0, rank=0, instance="i", known=""):
+    info = RankInfo(
+        instance_id=instance, device_kind=DeviceKind.CPU, device_index=0, device_uuid="c", rank=rank, world_size=2
+    )
+    return wire.RankHello(endpoint_index=endpoint, rank=info, process=current(), known_plan=known)
+
+
+HELLOS = {b"a": hello(0, 0), b"b": hello(0, 1), b"c": hello(1, 0)}
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "expected"),
+    [
+        ({}, False, [Outcome.CLEAN, Outcome.CLEAN]),
+        ({}, True, [Outcome.POISONED, Outcome.POISONED]),
+        ({b"a": UNTOUCHED, b"b": UNTOUCHED, b"c": UNTOUCHED}, True, [Outcome.CLEAN, Outcome.CLEAN]),
+        ({b"a": UNTOUCHED, b"b": RELOADABLE, b"c": UNTOUCHED}, True, [Outcome.POISONED, Outcome.CLEAN]),
+        ({b"a": wire.Committed(), b"b": wire.Committed(), b"c": POISONED}, True, [Outcome.COMMITTED, Outcome.POISONED]),
+        ({b"a": wire.Committed(), b"c": wire.Committed()}, True, [Outcome.POISONED, Outcome.COMMITTED]),
+        ({b"a": wire.Committed(), b"b": UNTOUCHED, b"c": wire.Committed()}, True, [Outcome.CLEAN, Outcome.COMMITTED]),
+    ],
+)
+def test_an_endpoint_is_as_bad_as_its_worst_rank(words, begun, expected):
+    assert list(outcomes_by_endpoint(URLS, HELLOS, words, begun=begun).values()) == expected
+
+
+def test_an_endpoint_without_ranks_was_not_touched():
+    assert outcomes_by_endpoint(URLS, {}, {}, begun=False) == dict.fromkeys(URLS, Outcome.CLEAN)
+
+
+def manifest(rows):
+    return Manifest(tensors=(TensorMeta(name="w", dtype=DType.BF16, shape=(rows, 8)),))
+
+
+def test_a_plan_is_known_only_to_the_same_ranks_for_the_same_shapes():
+    plan = make_plan(manifest(4), [whole_layout(manifest(4))] * 3, agents=1, ring_bytes=4096, bucket_bytes=4096)
+    mine = {peer: hello(i // 2, i % 2, known=plan.digest) for i, peer in enumerate((b"a", b"b", b"c"))}
+    known = KnownPlan(plan=plan, ranks=rank_keys(mine))
+    assert known.fits(manifest(4), mine)
+    assert not known.fits(manifest(5), mine)
+    assert not known.fits(manifest(4), {**mine, b"c": hello(1, 0, known="")})  # forgot it
+    assert not known.fits(manifest(4), {**mine, b"c": hello(1, 0, instance="restarted", known=plan.digest)})
+    assert not known.fits(manifest(4), {peer: mine[peer] for peer in (b"a", b"b")})
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_collection_comes_back_as_it_was(before):
+    was = gc.isenabled()
+    try:
+        (gc.enable if before else gc.disable)()
+        with pytest.raises(KeyError), uncollected():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() is before
+    finally:
+        (gc.enable if was else gc.disable)()
