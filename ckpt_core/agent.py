@@ -11,7 +11,6 @@ import os
 import select
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from ckpt_core.cuda import driver, probe
 from ckpt_core.device import CPU
 from ckpt_core.devices import device_of
 from ckpt_core.errors import CkptError, PeerLost, TransferTimeout, TransportError
+from ckpt_core.failure import failure_message
 from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing, send
 from ckpt_core.plan import Plan
@@ -37,6 +37,7 @@ from ckpt_core.uncollected import uncollected
 _log = logging.getLogger(__name__)
 _IDLE_POLL_S = 0.2
 _PROGRESS_EVERY_S = 0.1
+_ORPHANED_WITHIN_S = 1.0
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +48,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         index, count: which agent of the group this is, and of how many.
         directory: 0700 directory for its shared memory.
         device: where its ring lives.
+        parent: process id of the controller.
         orphans: directories that the agent removes when its controller is gone without having done so.
         silence_timeout_s: it ends when it hears nothing for that long.
     """
@@ -57,6 +59,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     directory: str
     device: str = "cpu"
+    parent: int = 0
     orphans: tuple[str, ...] = ()
     silence_timeout_s: float = 20.0
     log_level: str = "WARNING"
@@ -109,7 +112,7 @@ class Agent:
         except PeerLost:
             raise
         except Exception as error:  # noqa: BLE001 every failure goes to the controller
-            reply = _failure(error, type(message).__name__)
+            reply = failure_message(error, type(message).__name__)
         if reply is not None:
             self._line.send(reply)
 
@@ -187,8 +190,9 @@ def main() -> None:
             Agent(config, line).run()
     except CkptError as error:
         _log.warning("ending: %s", error)
-        for orphan in config.orphans:
-            remove_directory(Path(orphan))
+        if _is_orphan(config.parent):
+            for orphan in config.orphans:
+                remove_directory(Path(orphan))
         sys.exit(1)
 
 
@@ -209,9 +213,14 @@ def _check_parent() -> None:
         raise PeerLost("the controller closed its end: it is gone")
 
 
-def _failure(error: Exception, phase: str) -> wire.Failure:
-    text = "".join(traceback.format_exception(error))
-    return wire.Failure(error=type(error).__name__, message=str(error), phase=phase, traceback=text)
+def _is_orphan(parent: int) -> bool:
+    """Whether the controller is gone. Its pipes close a moment before its children get another parent."""
+    deadline = time.monotonic() + _ORPHANED_WITHIN_S
+    while os.getppid() == parent:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,7 @@ class AgentGroup:
         self._conversation = conversation
         self.devices = tuple(devices)
         self._token = token
+        self._stuck = False
         conversation.listen_to(token)
         self._directory = private_directory(directory, "agents-")
         self._children = [
@@ -77,6 +79,7 @@ class AgentGroup:
                     count=len(devices),
                     directory=str(self._directory),
                     device=device,
+                    parent=os.getpid(),
                     orphans=(str(directory), *map(str, orphans)),
                     silence_timeout_s=silence_timeout_s,
                     log_level=log_level,
@@ -93,8 +96,8 @@ class AgentGroup:
 
     @property
     def alive(self) -> bool:
-        """Whether all processes run."""
-        return all(child.poll() is None for child in self._children)
+        """Whether all processes run, and did what they were last asked to."""
+        return not self._stuck and all(child.poll() is None for child in self._children)
 
     @property
     def peers(self) -> tuple[bytes, ...]:
@@ -151,7 +154,8 @@ class AgentGroup:
     def close_rings(self, *, timeout_s: float) -> None:
         """Give ring memory back in every agent, also in the middle of a transfer."""
         asks: Mapping[bytes, wire.AnyMessage] = dict.fromkeys(self._peers, wire.Abort(cause="the update is over"))
-        self._conversation.ask(asks, wire.RingClosed, timeout_s=timeout_s, patient=True)
+        replies = self._conversation.ask(asks, wire.RingClosed, timeout_s=timeout_s, patient=True)
+        self._stuck = len(replies) < len(self._peers)
 
     def stop(self) -> None:
         """End all processes: politely, then not."""

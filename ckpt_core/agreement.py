@@ -118,8 +118,10 @@ class Agreement:
                 ring_bytes=ring_bytes,
                 bucket_bytes=bucket_bytes,
             )
+            for receiver, peer in enumerate(self._hellos):
+                self._talk.tell(peer, wire.CheckPlan(plan=plan, receiver=receiver))
             try:
-                self._offer(plan, known=False)
+                rings = self._agents.open_rings(plan, self._terms.manifest, timeout_s=self._timeout_s)
             except CapacityError:
                 if plan.ring_grew or ring_bytes // 2 < _LEAST_RING_BYTES:
                     raise
@@ -128,20 +130,15 @@ class Agreement:
                 ring_bytes //= 2
                 bucket_bytes = min(bucket_bytes, ring_bytes)
             else:
+                self._offer(plan, rings)
                 return plan
 
     def agree_on_known(self, plan: Plan) -> None:
         """Have everybody take the plan of the last update again."""
-        self._offer(plan, known=True)
+        self._offer(plan, self._agents.open_rings(None, None, timeout_s=self._timeout_s))
 
-    def _offer(self, plan: Plan, *, known: bool) -> None:
+    def _offer(self, plan: Plan, rings: tuple[wire.RingOffer, ...]) -> None:
         manifest = self._terms.manifest
-        if known:
-            rings = self._agents.open_rings(None, None, timeout_s=self._timeout_s)
-        else:
-            for receiver, peer in enumerate(self._hellos):
-                self._talk.tell(peer, wire.CheckPlan(plan=plan, receiver=receiver))
-            rings = self._agents.open_rings(plan, manifest, timeout_s=self._timeout_s)
         digests = tuple(meta.digest for meta in manifest.tensors)
         offers = {peer: self._offer_to(receiver, digests, rings) for receiver, peer in enumerate(self._hellos)}
         agreed = self._talk.ask(offers, wire.PlanAgreed, timeout_s=self._timeout_s)

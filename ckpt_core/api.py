@@ -20,7 +20,6 @@ from ckpt_core.config import Environment, UpdateConfig
 from ckpt_core.conversation import Conversation
 from ckpt_core.device_source import export_tensors
 from ckpt_core.endpoint import Endpoint, EndpointOptions
-from ckpt_core.errors import CkptError
 from ckpt_core.fleet import EndpointLocks, Fleet, Member
 from ckpt_core.metrics import Stage, UpdateReport
 from ckpt_core.session import OnProgress, Session
@@ -137,7 +136,7 @@ class Updater:
             )
             try:
                 report = session.run()
-            except CkptError:
+            except BaseException:
                 self._stop_agents()  # one of them may be what failed; the next update starts with new ones
                 raise
             self._known_plan = session.known_plan

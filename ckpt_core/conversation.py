@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ckpt_core import errors, process, wire
 from ckpt_core.channel import Hub
-from ckpt_core.errors import CkptError, HookFailed, PeerLost, RendezvousTimeout, TransferTimeout
+from ckpt_core.errors import CkptError, HookFailed, PeerLost, RendezvousTimeout, TransferTimeout, TransportError
 
 M = TypeVar("M", bound=wire.Message)
 _ROUND_S = 0.02
@@ -117,6 +117,11 @@ class Conversation:
                     return got
                 raise TransferTimeout(self._who_is_late(wanted, got, timeout_s))
             for peer, message in self._round(minded=() if patient else tuple(wanted) if only_theirs else None):
+                if isinstance(message, wire.RankHello) and not patient:
+                    raise TransportError(
+                        f"rank {message.rank.rank} of {message.rank.world_size} dialled in after all that were expected; the "
+                        "engine's status and its ranks disagree about its size"
+                    )
                 if peer in wanted and isinstance(message, wanted[peer]):
                     got[peer] = message
             if patient and self._all_others_dead(wanted, got):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,6 +58,11 @@ class Member:
         assert self.status is not None, "check the fleet first"
         return self.status.world_size
 
+    @property
+    def was_poisoned(self) -> bool:
+        """Whether the last check found mixed weights."""
+        return self.status is not None and self.status.state is EndpointState.POISONED
+
     def check(self) -> EndpointStatus:
         """Ask it what it is and does, and refuse what cannot be updated.
 
@@ -63,6 +70,8 @@ class Member:
             EngineUnavailable: nothing answers, it is not that engine, or it is not up.
             EngineStateError: it sleeps, or is being updated.
         """
+        if self.attached is not None and not self.attached.done():
+            raise EngineStateError(f"{self.endpoint} still runs the attach call of an earlier update; restart it")
         status: EndpointStatus = self.plugin.hook.ckpt_ready(endpoint=self.endpoint)
         if status.engine != self.plugin.info.name:
             raise EngineUnavailable(
@@ -89,7 +98,6 @@ class Fleet:
     """All members of an update."""
 
     members: Sequence[Member]
-    _threads: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.members:
@@ -97,7 +105,6 @@ class Fleet:
         urls = [member.endpoint.url for member in self.members]
         if len(set(urls)) != len(urls):
             raise ConfigError(f"the same endpoint is named twice: {', '.join(urls)}")
-        self._threads = ThreadPoolExecutor(len(self.members), thread_name_prefix="ckpt-endpoint")
 
     def check(self) -> None:
         """Check all members; see `Member.check`."""
@@ -153,8 +160,8 @@ class Fleet:
     def attach(self, rendezvous: Callable[[int], Rendezvous]) -> None:
         """Start the blocking attach call of every member."""
         for index, member in enumerate(self.members):
-            member.attached = self._threads.submit(
-                member.plugin.hook.ckpt_attach, endpoint=member.endpoint, rendezvous=rendezvous(index)
+            member.attached = _in_thread(
+                partial(member.plugin.hook.ckpt_attach, endpoint=member.endpoint, rendezvous=rendezvous(index))
             )
 
     def check_attached(self) -> None:
@@ -177,16 +184,17 @@ class Fleet:
         """
         self._each(lambda member: _flush(member, accept_stale=accept_stale, timeout_s=timeout_s), self.members)
 
-    def resume(self, version: str | None) -> None:
-        """Let all members serve that this update paused."""
-        paused = [member for member in self.members if member.paused_here]
+    def resume(self, version: str | None, *, only: Collection[str] | None = None) -> None:
+        """Let members serve that this update paused: all, or those with these URLs."""
+        paused = [
+            member for member in self.members if member.paused_here and (only is None or member.endpoint.url in only)
+        ]
         self._each(lambda member: member.plugin.hook.ckpt_resume(endpoint=member.endpoint, version=version), paused)
         for member in paused:
             member.paused_here = False
 
     def close(self) -> None:
         """Close all clients; attach calls that still run are left to their own deadline."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
         for member in self.members:
             member.endpoint.close()
 
@@ -196,6 +204,22 @@ class Fleet:
             futures = [threads.submit(call, member) for member in members]
             wait(futures)
             return [future.result() for future in futures]
+
+
+def _in_thread(call: Callable[[], None]) -> Future[None]:
+    """Run a call that may never come back: a daemon thread does not keep the process from ending."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 whoever asks the future gets it
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="ckpt-attach", daemon=True).start()
+    return future
 
 
 class EndpointLocks:

@@ -23,8 +23,11 @@ SAYS = {
 
 
 def worst(outcomes: Iterable[Outcome]) -> Outcome:
-    """The one that an orchestrator must act on."""
-    return max(outcomes, key=_SEVERITY.index)
+    """The one that an orchestrator must act on. Some committed and some not is no state that a fleet may serve in: POISONED."""
+    found = set(outcomes)
+    if Outcome.COMMITTED in found and len(found) > 1:
+        return Outcome.POISONED
+    return max(found, key=_SEVERITY.index)
 
 
 def outcomes_by_endpoint(

@@ -18,20 +18,21 @@ from enum import Enum
 
 import msgspec
 
-from ckpt_core import process, wire
+from ckpt_core import wire
 from ckpt_core.agents import AgentGroup
 from ckpt_core.agreement import Agreement, KnownPlan, Terms, rank_keys, version_digest
 from ckpt_core.config import UpdateConfig
 from ckpt_core.contract import Rendezvous
 from ckpt_core.conversation import Conversation
-from ckpt_core.errors import CkptError, EngineStateError, Outcome, UpdateAborted
+from ckpt_core.errors import CkptError, EngineError, EngineStateError, Outcome, UpdateAborted
 from ckpt_core.fleet import Fleet
 from ckpt_core.manifest import Manifest
-from ckpt_core.metrics import RankReport, Stage, Stopwatch, UpdateReport
+from ckpt_core.metrics import Stage, Stopwatch, UpdateReport
 from ckpt_core.outcomes import SAYS, outcomes_by_endpoint, worst
 from ckpt_core.plan import Plan
+from ckpt_core.report import controller_tracks, rank_report
 from ckpt_core.source import SourceIndex
-from ckpt_core.trace import Lane, Track, TrackKind
+from ckpt_core.trace import Track
 from ckpt_core.uncollected import uncollected
 
 _log = logging.getLogger(__name__)
@@ -152,7 +153,6 @@ class Session:
         self._serve()
         return plan
 
-    # -- the way forward ---------------------------------------------------------------------------------------------
     def _prepare(self) -> Manifest:
         with self._watch.stage(Stage.PREPARE):
             bytes_by_agent: dict[str, int] = {}
@@ -179,9 +179,27 @@ class Session:
             timeout_s = self._config.attach_timeout_s
             self._talk.admit(wire.RankHello, count, timeout_s=timeout_s, who="rank", into=self._hellos)
             self._hellos = dict(sorted(self._hellos.items(), key=lambda item: _order(item[1])))
+            self._check_ranks()
             for peer, hello in self._hellos.items():
                 self._talk.introduce(peer, hello.process, self._name(hello))
         self._move(SessionState.ATTACHED)
+
+    def _check_ranks(self) -> None:
+        """Every rank of every engine, each once."""
+        found = [_order(hello) for hello in self._hellos.values()]
+        expected = [
+            (index, rank) for index, member in enumerate(self._fleet.members) for rank in range(member.world_size)
+        ]
+        sizes = all(
+            hello.rank.world_size == self._fleet.members[hello.endpoint_index].world_size
+            for hello in self._hellos.values()
+            if 0 <= hello.endpoint_index < len(self._fleet.members)
+        )
+        if found != expected or not sizes:
+            raise EngineStateError(
+                f"expected ranks (endpoint, rank) {expected} to dial in, got {found}; the engine's status and its ranks "
+                "disagree about its size: mend the plugin"
+            )
 
     def _agree(self, manifest: Manifest) -> Plan:
         terms = Terms(
@@ -235,7 +253,7 @@ class Session:
         """Flush and resume; the weights are committed, whatever happens here."""
         try:
             with self._watch.stage(Stage.DETACH):
-                self._release()
+                self._detach()
             with self._watch.stage(Stage.FLUSH):
                 self._fleet.flush(accept_stale=self._config.allow_stale_cache, timeout_s=self._config.commit_timeout_s)
             with self._watch.stage(Stage.RESUME):
@@ -243,13 +261,19 @@ class Session:
         except CkptError as error:
             error.args = (f"version {self._version} is committed on every rank, but: {error}",)
             raise
+        except Exception as error:
+            raise EngineError(
+                f"version {self._version} is committed on every rank, but a plugin failed to flush or resume: {error!r}"
+            ) from error
+        finally:
+            self._give_back()
 
-    # -- the way back ------------------------------------------------------------------------------------------------
     def _undo(self, error: BaseException) -> UpdateAborted | None:
         """Tell everybody, learn what every rank holds, free everything, resume what is whole.
 
         None where every rank had committed already: then there is nothing to undo.
         """
+        self._talk.on_progress = lambda _name, _progress: None
         _log.info("undoing update %s in state %s: %s", self.update_id, self.state.value, error)
         self._talk.watches.clear()
         begun = self.state in (SessionState.LOADING, SessionState.VERIFYING)
@@ -257,14 +281,17 @@ class Session:
             self._talk.tell(peer, wire.Abort(cause=str(error) or type(error).__name__))
         urls = [member.endpoint.url for member in self._fleet.members]
         by_endpoint = outcomes_by_endpoint(urls, self._hellos, self._last_words(), begun=begun)
+        for member in self._fleet.members:
+            if member.was_poisoned and by_endpoint[member.endpoint.url] is Outcome.CLEAN:
+                by_endpoint[member.endpoint.url] = Outcome.POISONED  # this update did not touch it: it still is
         outcome = worst(by_endpoint.values())
         if outcome is Outcome.COMMITTED:
             self._move(SessionState.COMMITTED)
             return None
         self._move(SessionState(outcome.value))
-        causes = [error, *self._free()]
-        if outcome is not Outcome.POISONED:
-            causes += self._resume_old()
+        causes = [error, *self._attempt(self._detach), *self._attempt(self._give_back)]
+        whole = [url for url, found in by_endpoint.items() if found in (Outcome.CLEAN, Outcome.RESTORED)]
+        causes += self._attempt(lambda: self._fleet.resume(None, only=whole))
         return UpdateAborted(
             f"update {self.update_id} to {self._version}: {SAYS[outcome]} Cause: {error or type(error).__name__}",
             outcome=outcome,
@@ -280,30 +307,26 @@ class Session:
         words = self._talk.gather(open_ends, timeout_s=_UNDO_TIMEOUT_S, patient=True)
         return {**words, **self._committed}
 
-    def _free(self) -> list[BaseException]:
+    def _attempt(self, call: Callable[[], None]) -> list[BaseException]:
+        """A step of the way back must not stop the next one."""
         try:
-            self._release()
-        except CkptError as error:
+            call()
+        except Exception as error:  # noqa: BLE001 told among the causes
             return [error]
         return []
 
-    def _resume_old(self) -> list[BaseException]:
-        try:
-            self._fleet.resume(None)
-        except CkptError as error:
-            return [error]
-        return []
-
-    # -- both ways ----------------------------------------------------------------------------------------------------
-    def _release(self) -> None:
-        """Rings given back, attach calls returned, token worthless."""
-        self._agents.close_rings(timeout_s=self._config.commit_timeout_s)
+    def _detach(self) -> None:
+        """Attach calls returned, ranks have unmapped all rings, the token is worthless."""
         in_time = self._fleet.detach(self._config.commit_timeout_s)
         self._talk.dismiss(self._hellos, self._token)
         if not in_time:
             raise EngineStateError(
                 "an attach call did not come back although its ranks are done; the engine may hang: look into its log"
             )
+
+    def _give_back(self) -> None:
+        """Rings given back. Not before ranks have unmapped them, and nobody waits for a resume meanwhile."""
+        self._agents.close_rings(timeout_s=self._config.commit_timeout_s)
 
     def _rendezvous(self, endpoint_index: int) -> Rendezvous:
         config = self._config
@@ -349,45 +372,28 @@ class Session:
             digest_s=self._pool.digest_s,
             locked_bytes=self._pool.locked_bytes,
             lock_s=self._pool.lock_s,
-            ranks=tuple(self._rank_report(peer, manifest) for peer in self._hellos),
+            ranks=tuple(
+                rank_report(
+                    hello,
+                    self._verified[peer],
+                    self._fleet.members[hello.endpoint_index].endpoint,
+                    version=self._version,
+                    digest=version_digest(manifest),
+                )
+                for peer, hello in self._hellos.items()
+            ),
             agents=tuple(msgspec.structs.replace(self._sent[peer].stats, tracks=()) for peer in self._agents.peers),
-            tracks=self._tracks(),
+            tracks=self._tracks() if self._config.trace else (),
         )
 
     def _tracks(self) -> tuple[Track, ...]:
-        """Of the controller, agents and ranks, by their full names."""
-        if not self._config.trace:
-            return ()
-        here = process.current()
-        own = Track(
-            name="controller",
-            kind=TrackKind.CONTROLLER,
-            lane=Lane.HOST,
-            pid=here.pid,
-            boot_id=here.boot_id,
-            spans=tuple(self._watch.spans),
-        )
         agents = [track for peer in self._agents.peers for track in self._sent[peer].stats.tracks]
         ranks = [
             replace(track, name=self._name(hello))
             for peer, hello in self._hellos.items()
             for track in self._verified[peer].stats.tracks
         ]
-        return (own, *agents, *ranks)
-
-    def _rank_report(self, peer: bytes, manifest: Manifest) -> RankReport:
-        hello, verified = self._hellos[peer], self._verified[peer]
-        member = self._fleet.members[hello.endpoint_index]
-        return RankReport(
-            endpoint=member.endpoint.url,
-            engine=member.endpoint.engine,
-            rank=hello.rank.rank,
-            device=hello.rank.device_uuid,
-            version=self._version,
-            digest=version_digest(manifest),
-            fingerprint=verified.fingerprint,
-            stats=msgspec.structs.replace(verified.stats, tracks=()),
-        )
+        return (*controller_tracks(self._watch), *agents, *ranks)
 
 
 def _order(hello: wire.RankHello) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import traceback
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from ckpt_core.channel import AbortRequested, Line
 from ckpt_core.config import VerifyLevel
 from ckpt_core.contract import AbortOutcome, AttachResult, RankInfo, Rendezvous, Update
 from ckpt_core.errors import EngineError, EngineStateError, PlanError, TransferTimeout
+from ckpt_core.failure import describe, failure_message
 from ckpt_core.incoming import Incoming
 from ckpt_core.layout import Layout, whole_layout
 from ckpt_core.manifest import Manifest
@@ -62,7 +62,7 @@ def attach(
             outcome, error = _Attachment(worker, plugin, line, info, rendezvous).run()
     except Exception as failure:  # noqa: BLE001 raising into an engine's RPC may desynchronise it for good
         _log.exception("attach failed on rank %d", rank)
-        outcome, error = AbortOutcome.UNTOUCHED.value, f"{type(failure).__name__}: {failure}"
+        outcome, error = AbortOutcome.UNTOUCHED.value, describe(failure)
     return AttachResult(rank=rank, outcome=outcome, error=error)
 
 
@@ -91,6 +91,32 @@ def _keep_known(worker: Any, agreed: AgreedPlan) -> None:
         _known[key] = (weakref.ref(worker, lambda _gone: _known.pop(key, None)), agreed)
 
 
+class _Guarded:
+    """Workers whose guard an update armed and none has disarmed since; they are not kept alive for it."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, weakref.ref[Any] | None] = {}
+
+    def add(self, worker: Any) -> None:
+        """Its weights may be mixed."""
+        key = id(worker)
+        try:
+            self._by_id[key] = weakref.ref(worker, lambda _gone: self._by_id.pop(key, None))
+        except TypeError:  # without weak references: remembered by id, for good
+            self._by_id[key] = None
+
+    def discard(self, worker: Any) -> None:
+        """Its weights are those of one checkpoint."""
+        self._by_id.pop(id(worker), None)
+
+    def holds(self, worker: Any) -> bool:
+        """Whether its weights may be mixed."""
+        return id(worker) in self._by_id
+
+
+_guarded = _Guarded()
+
+
 class _Attachment:
     """One rank in one update."""
 
@@ -116,13 +142,20 @@ class _Attachment:
             self._commit()
             _keep_known(self._worker, agreed)
         except Exception as error:  # noqa: BLE001 whatever it is, the rank must be undone
-            return self._undo(error).value, f"{type(error).__name__}: {error}"
+            return self._undo(error).value, describe(error)
         finally:
-            if self._incoming is not None:
-                self._incoming.unmap()
-            for reader in self._readers:
-                reader.close()
+            self._unmap()
         return "committed", ""
+
+    def _unmap(self) -> None:
+        """Let go of all rings; a ring that resists changes nothing about what the weights are."""
+        if self._incoming is not None:
+            self._incoming.unmap()
+        for reader in self._readers:
+            try:
+                reader.close()
+            except Exception:  # noqa: BLE001 the outcome is decided already
+                _log.exception("rank %d could not unmap a ring", self._info.rank)
 
     def _agree(self) -> tuple[wire.OfferPlan, AgreedPlan]:
         """Up to the agreed plan: what may be refused, is refused here."""
@@ -256,33 +289,45 @@ class _Attachment:
         self._phase = "commit"
         self._line.expect(wire.Commit)
         self._hook.ckpt_poison(worker=self._worker, cause=None)
+        _guarded.discard(self._worker)
         self._line.send(wire.Committed())
 
     def _undo(self, error: Exception) -> AbortOutcome:
-        """Say so first, for the others' sake; then poison, then abort; the guard goes only if nothing was touched."""
+        """Say so first, for the others' sake; then poison, then abort. That something cannot be said hinders nothing."""
         if not isinstance(error, AbortRequested):
-            self._line.send(_failure(error, self._phase))
+            self._tell(failure_message(error, self._phase))
         outcome = AbortOutcome.UNTOUCHED if self._update is None else self._abort(self._update, error)
-        self._line.send(wire.Aborted(outcome=outcome))
+        self._tell(wire.Aborted(outcome=outcome))
         return outcome
 
+    def _tell(self, message: wire.AnyMessage) -> None:
+        try:
+            self._line.send(message)
+        except Exception:  # noqa: BLE001 undoing goes on
+            _log.exception("rank %d could not tell how it ended", self._info.rank)
+
     def _abort(self, update: Update, error: Exception) -> AbortOutcome:
-        cause = f"update {update.update_id} failed in {self._phase}: {type(error).__name__}: {error}"
+        cause = f"update {update.update_id} failed in {self._phase}: {describe(error)}"
+        before = _guarded.holds(self._worker)
         armed = self._arm(cause)
         try:
             outcome = self._hook.ckpt_abort(worker=self._worker, update=update, cause=cause)
             if not isinstance(outcome, AbortOutcome):
                 raise EngineError(f"ckpt_abort must return an AbortOutcome, got {outcome!r}")
-            if outcome is AbortOutcome.UNTOUCHED:
+            if outcome is AbortOutcome.UNTOUCHED and not before:
                 self._hook.ckpt_poison(worker=self._worker, cause=None)
+                _guarded.discard(self._worker)
                 return outcome
         except Exception:  # noqa: BLE001 POISONED is the answer to any failure here
             _log.exception("abort failed; the weights of rank %d are not known to be any checkpoint", self._info.rank)
             return AbortOutcome.POISONED
+        if outcome is AbortOutcome.UNTOUCHED:
+            return AbortOutcome.POISONED  # by this update, yes: the mixed weights of an earlier one are still there
         return outcome if armed else AbortOutcome.POISONED
 
     def _arm(self, cause: str) -> bool:
         """Arm the guard. Where that fails, the engine must still be aborted."""
+        _guarded.add(self._worker)
         try:
             self._hook.ckpt_poison(worker=self._worker, cause=cause)
         except Exception:  # noqa: BLE001 POISONED is the answer to that, below
@@ -306,8 +351,3 @@ class _Reporter:
         if time.monotonic() - self._reported > self._EVERY_S:
             self._reported = time.monotonic()
             self._line.send(wire.Progress(done_bytes=self._applier.received_bytes))
-
-
-def _failure(error: Exception, phase: str) -> wire.Failure:
-    text = "".join(traceback.format_exception(error))
-    return wire.Failure(error=type(error).__name__, message=str(error), phase=phase, traceback=text)

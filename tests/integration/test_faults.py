@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -73,6 +74,40 @@ def test_an_agent_is_killed_in_the_middle(server, checkpoint_of, updater_of, sta
     assert refused(server)
     assert_mended(updater, server, checkpoint_of, answer_of)
     assert server.live_digests() == before
+
+
+def test_a_poisoned_engine_stays_so_when_the_next_update_touches_nothing(
+    server, checkpoint_of, updater_of, stall, kill, answer_of
+):
+    """The second update does no harm, and none of the first one's is undone by that."""
+    before = server.live_digests()
+    updater = updater_of(server, on_progress=stall.on_progress)
+    stall.at_middle = lambda: kill(updater.agent_pids[1])
+    with aborts(Outcome.POISONED, PeerLost, SOON_S):
+        updater.update(checkpoint_of(which="b"))
+    mixed = server.live_digests()
+    stall.start_sending = lambda _group, *, timeout_s: kill(updater.agent_pids[0])
+    with aborts(Outcome.POISONED, PeerLost, SOON_S):
+        updater.update(checkpoint_of(which="b"))
+    assert server.live_digests() == mixed
+    assert refused(server)
+    stall.start_sending = stall.original
+    assert_mended(updater, server, checkpoint_of, answer_of)
+    assert server.live_digests() == before
+
+
+def test_stopping_a_busy_agent_leaves_the_updater_whole(server, checkpoint_of, updater_of, kill):
+    """An agent whose pipe closes while it works is stopped, not orphaned: what its living parent needs stays."""
+    updater = updater_of(server)
+    updater.update(checkpoint_of(which="a"))
+    os.kill(updater.agent_pids[0], signal.SIGSTOP)  # reads no Stop: only the end of its pipe, later
+    group, sockets = updater._agents, updater._sockets
+    stopped = group.pids[0]
+    threading.Timer(0.3, lambda: os.kill(stopped, signal.SIGCONT)).start()
+    group.stop()
+    assert sockets.is_dir()
+    assert updater._memory.is_dir()
+    assert updater.update(checkpoint_of(which="a"), version="whole").outcome is Outcome.COMMITTED
 
 
 def test_an_agent_is_stopped_past_the_deadline(server, checkpoint_of, updater_of, stall, answer_of):

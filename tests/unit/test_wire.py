@@ -58,7 +58,6 @@ RANK_STATS = wire.RankStats(
 )
 AGENT_STATS = wire.AgentStats(sent_bytes=1, copy_s=0.1, wait_s=0.2, total_s=0.3)
 OFFER = wire.OfferPlan(
-    plan=PLAN,
     digests=("0" * 32, "", ""),
     rings=(RING, RING),
     receiver=1,
@@ -74,6 +73,7 @@ SAMPLES = (
     wire.Ping(),
     wire.Abort(cause="because"),
     wire.AskLayout(manifest=MANIFEST),
+    wire.CheckPlan(plan=PLAN, receiver=0),
     OFFER,
     wire.Begin(),
     wire.Commit(version="v1", digest="00"),
