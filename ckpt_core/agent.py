@@ -81,7 +81,6 @@ class Agent:
             wire.Prepare: self._prepare,
             wire.OpenRing: self._open_ring,
             wire.Send: self._send,
-            wire.CloseRing: self._close_ring,
             wire.Abort: self._close_ring,
         }
 

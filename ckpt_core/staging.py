@@ -75,8 +75,7 @@ class HostPool:
         Raises:
             ManifestError: a file went away or changed since it was indexed.
         """
-        for file in index.files:
-            file.check()
+        index.check()
         kept, fresh = self._by_identity, list[_MappedFile]()
         self._by_identity = {}
         for file in index.files:
@@ -158,8 +157,7 @@ class HostPool:
 
     def check_unchanged(self) -> None:
         """Raise ManifestError where a file was written, cut or replaced since it was indexed."""
-        for file in self._index.files:
-            file.check()
+        self._index.check()
 
     def close(self) -> None:
         """Unlock and unmap. Idempotent."""

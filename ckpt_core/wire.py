@@ -215,10 +215,6 @@ class Send(Message, frozen=True, kw_only=True):
     trace: bool = False
 
 
-class CloseRing(Message, frozen=True, kw_only=True):
-    """The update is over; give the ring back."""
-
-
 class Stop(Message, frozen=True, kw_only=True):
     """End the process."""
 
@@ -253,7 +249,7 @@ class Sent(Message, frozen=True, kw_only=True):
 
 
 class RingClosed(Message, frozen=True, kw_only=True):
-    """Answer to CloseRing, also where there was none."""
+    """An agent's answer to Abort: its ring is given back, or there was none."""
 
 
 AnyMessage = (
@@ -275,7 +271,6 @@ AnyMessage = (
     | Prepare
     | OpenRing
     | Send
-    | CloseRing
     | Stop
     | AgentHello
     | Prepared

@@ -87,7 +87,6 @@ SAMPLES = (
     wire.Prepare(index=INDEX, digest=("a",)),
     wire.OpenRing(plan=PLAN, manifest=MANIFEST),
     wire.Send(timeout_s=1.5),
-    wire.CloseRing(),
     wire.Stop(),
     wire.AgentHello(agent=0, process=PROCESS),
     wire.Prepared(digests={"a": "0" * 32}, digest_s=0.1, locked_bytes=8, lock_s=0.2),
