@@ -242,6 +242,9 @@ def _write_tokenizer(directory: Path, vocab: int) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(directory / "tokenizer.json"))
+    # engines do not take a tokenizer.json without its class
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "<eos>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(described))
 
 
 def _read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
