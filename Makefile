@@ -7,6 +7,8 @@
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #
 # PYTHON chooses the interpreter, DEMO_FLAGS and PYTEST_FLAGS are passed on, PART_TIMEOUT bounds each part of `make test`.
+#
+# Real engines have an environment each (.venv-vllm, .venv-sglang: CPU builds, some 3.5 GB each), since they pin what they need.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -17,9 +19,11 @@ export PYTHON
 
 VENV := .venv
 BIN := $(VENV)/bin
-PARTS := lint types unit property integration conformance
+PARTS := lint types unit property integration conformance \
+	venv-vllm engines-vllm conformance-vllm venv-sglang engines-sglang conformance-sglang engines-both
 # suites that need an engine or a GPU have targets of their own
 PYTEST := $(BIN)/python -m pytest -m "not engines and not gpu and not gpu2" $(PYTEST_FLAGS)
+ENGINE_PYTEST := python -m pytest -m engines tests/engines $(PYTEST_FLAGS)
 
 # pip and the model libraries keep caches under HOME; where there is none to write to, they go into the checkout
 ifneq ($(shell test -n "$$HOME" -a -w "$$HOME" && echo writable),writable)
@@ -28,11 +32,21 @@ endif
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: venv
 venv: ## make or reuse .venv
 	@.ci/venv.sh $(VENV) "$(TORCH)" .ci/requirements-test.txt
+
+.PHONY: venv-vllm
+venv-vllm: ## make or reuse .venv-vllm: vLLM for CPUs, and this project
+	@.ci/venv.sh $(VENV)-vllm "$(TORCH)" .ci/engines/vllm.txt "python .ci/engines/vllm_finish.py" \
+		.ci/engines/project.txt "--no-deps -e ."
+
+.PHONY: venv-sglang
+venv-sglang: ## make or reuse .venv-sglang: SGLang on a CPU with stand-ins for its GPU kernels, and this project
+	@.ci/venv.sh $(VENV)-sglang "$(TORCH)" "--no-deps sglang==0.5.23 torchvision==0.28.0" .ci/engines/sglang.txt \
+		"python .ci/engines/sglang_finish.py" .ci/engines/project.txt "--no-deps -e ."
 
 .PHONY: demo
 demo: venv ## update the weights of two running engines, on this machine
@@ -66,6 +80,30 @@ integration: venv ## tests with real processes, sockets and shared memory
 .PHONY: conformance
 conformance: venv ## the conformance suite on the reference engine
 	$(BIN)/ckpt-conformance --engine reference --level CORE
+
+.PHONY: smollm2
+smollm2: venv
+	@$(BIN)/python -c 'from pathlib import Path; from ckpt_conformance.models import smollm2; smollm2.fetch(Path(".cache"))'
+
+.PHONY: engines-vllm
+engines-vllm: venv-vllm smollm2 ## updates of real vLLM servers
+	$(VENV)-vllm/bin/$(ENGINE_PYTEST)
+
+.PHONY: engines-sglang
+engines-sglang: venv-sglang smollm2 ## updates of real SGLang servers
+	$(VENV)-sglang/bin/$(ENGINE_PYTEST)
+
+.PHONY: engines-both
+engines-both: venv venv-vllm venv-sglang ## one update of a vLLM and an SGLang server
+	$(BIN)/$(ENGINE_PYTEST)
+
+.PHONY: conformance-vllm
+conformance-vllm: venv-vllm ## the conformance suite on vLLM
+	$(VENV)-vllm/bin/ckpt-conformance --engine vllm
+
+.PHONY: conformance-sglang
+conformance-sglang: venv-sglang ## the conformance suite on SGLang
+	$(VENV)-sglang/bin/ckpt-conformance --engine sglang
 
 .PHONY: format
 format: venv ## let ruff mend what it can

@@ -25,12 +25,12 @@ verdict() {
 }
 
 print_table() {
-    printf '\n%-12s %8s  %s\n' part minutes result
+    printf '\n%-18s %8s  %s\n' part minutes result
     for row in "${rows[@]}"; do
         IFS='|' read -r part taken result <<<"$row"
-        printf '%-12s %8s  %s\n' "$part" "$taken" "$result"
+        printf '%-18s %8s  %s\n' "$part" "$taken" "$result"
     done
-    printf '%-12s %8s\n' total "$(minutes $((SECONDS - began_s)))"
+    printf '%-18s %8s\n' total "$(minutes $((SECONDS - began_s)))"
 }
 
 trap 'rows+=("$part|-|interrupted"); print_table; exit 130' INT TERM

@@ -4,7 +4,9 @@
 #   .ci/venv.sh NAME STEP...
 #
 # Each STEP is one `pip install`, in order: the file of that name (`-r`), else pip's own arguments, split at blanks.
+# `python FILE` is a step, too: that script, run by the new environment's Python; all that lies beside it counts as its input.
 # Relative paths in requirement files count from the checkout. PYTHON names the interpreter (python3).
+# A step that moves a torch which an earlier one installed is an error.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,6 +39,7 @@ fingerprint() {
         for step in "$@"; do
             echo "step: $step"
             [[ ! -f $step ]] || cat "$step"
+            [[ $step != "python "* ]] || find "$(dirname "${step#python }")" -name '*.py' -print0 | sort -z | xargs -0 cat
         done
     } | sha256sum | cut -d' ' -f1
 }
@@ -54,6 +57,24 @@ create() {
     fi
     rm -rf "$venv"
     die "'$python -m venv' failed (its message is above); on Debian and Ubuntu: sudo apt-get install python3-venv"
+}
+
+torch_version() {
+    "$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true
+}
+
+run_step() {
+    local before after
+    before=$(torch_version)
+    if [[ $1 == "python "* ]]; then script_step "${1#python }"; else install_step "$1"; fi
+    after=$(torch_version)
+    [[ -z $before || $before == "$after" ]] ||
+        die "step '$1' moved torch from $before to ${after:-nowhere}; torch comes first and must stay: see what pulled the other one in"
+}
+
+script_step() {
+    echo "$venv: $1" >&2
+    "$venv/bin/python" "$1" </dev/null >&2 || die "$1 failed (its message is above); mend the cause and run make again"
 }
 
 install_step() {
@@ -83,6 +104,6 @@ flock -w "$LOCK_TIMEOUT_S" 9 || die "another make has held .cache/$venv.lock for
 is_current && exit 0 # made by another make meanwhile
 started_s=$SECONDS
 create
-for step in "$@"; do install_step "$step"; done
+for step in "$@"; do run_step "$step"; done
 echo "$want" >"$stamp"
 echo "$venv: ready after $((SECONDS - started_s)) s" >&2
