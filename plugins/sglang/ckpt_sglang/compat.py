@@ -1,0 +1,294 @@
+"""The only place that looks at SGLang's version or at names it does not promise to keep."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from ckpt_core.errors import EngineError, EngineStateError, EngineUnavailable
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+RAN_ON = ("0.5.23",)  # versions on which this plugin's tests ran on the real engine
+
+# -- where hooks go: dotted paths for SGLang's HookRegistry ----------------------------------------------------------
+SCHEDULER = "sglang.srt.managers.scheduler"
+SCHEDULER_INIT = f"{SCHEDULER}.Scheduler.__init__"
+INTERNAL_STATE = f"{SCHEDULER}.Scheduler.get_internal_state"
+WEIGHT_MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+UPDATE_FROM_IPC = f"{WEIGHT_MANAGER}.update_weights_from_ipc"
+RELEASE_MEMORY = f"{WEIGHT_MANAGER}.release_memory_occupation"
+PULL_REQUESTS = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs"
+FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+TOKENIZER = "sglang.srt.managers.tokenizer_manager"
+TOKENIZER_INIT = f"{TOKENIZER}.TokenizerManager.__init__"
+TOKENIZER_CONTINUE = f"{TOKENIZER}.TokenizerManager.continue_generation"
+TOKENIZER_UPDATE = f"{TOKENIZER}.TokenizerManager.update_weights_from_ipc"
+HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+WAIT_FUNCTION = "_wait_weights_ready"
+
+
+def engine_version() -> str | None:
+    """Installed version of SGLang, or None."""
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return None
+
+
+def warn_of_other_versions() -> None:
+    """Say so where this version was never run."""
+    found = engine_version()
+    if found not in RAN_ON:
+        _log.warning(
+            "ckpt: SGLang %s was never run with this plugin (it ran on %s); what it lacks is found by feature and refused",
+            found,
+            ", ".join(RAN_ON),
+        )
+
+
+def has(path: str) -> bool:
+    """Whether a dotted path (module, class, attribute) exists in this SGLang."""
+    module, class_name, attribute = path.rsplit(".", 2)
+    try:
+        return hasattr(getattr(import_module(module), class_name), attribute)
+    except (ImportError, AttributeError):
+        return False
+
+
+def role_of_this_process() -> str:
+    """Which process loads plugins: "scheduler", "detokenizer", or "main" where that cannot be told.
+
+    By what is imported already: whoever runs a scheduler or a detokenizer has its module and not the launcher's.
+    """
+    loaded = sys.modules
+    if "sglang.launch_server" in loaded and "sglang.srt.entrypoints.engine" in loaded:
+        return "main"
+    if SCHEDULER in loaded and TOKENIZER not in loaded:
+        return "scheduler"
+    if "sglang.srt.managers.detokenizer_manager" in loaded and SCHEDULER not in loaded:
+        return "detokenizer"
+    return "main"
+
+
+# -- a scheduler and what hangs on it --------------------------------------------------------------------------------
+def parallel() -> Any:
+    """Sizes and ranks of this process."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel()
+
+
+def rank_store() -> Any:
+    """Key-value store that all ranks of this instance reach, or None with one rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return dist.PrefixStore("ckpt", _get_default_store())
+
+
+def waits_for_weights() -> bool:
+    """Whether the server was started with --checkpoint-engine-wait-weights-before-ready."""
+    from sglang.srt.runtime_context import get_model
+
+    return bool(getattr(get_model(), "checkpoint_engine_wait_weights_before_ready", False))
+
+
+def weight_version() -> str:
+    """Version that the scheduler serves."""
+    from sglang.srt.runtime_context import get_serving
+
+    return str(get_serving().weight_version)
+
+
+def runners(scheduler: Any) -> list[tuple[str, Any]]:
+    """Role and model runner of every model that has weights: the target first, then draft models."""
+    found = list(scheduler.tp_worker.weight_update_runners())
+    if scheduler.draft_worker is not None:
+        found += scheduler.draft_worker.weight_update_runners()
+    return found
+
+
+def weights_are_released(scheduler: Any) -> bool:
+    """Whether the weights' memory is given back to the device (release_memory_occupation)."""
+    from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+
+    return GPU_MEMORY_TYPE_WEIGHTS in scheduler.weight_updater.offload_tags
+
+
+def native_session_open(scheduler: Any) -> bool:
+    """Whether somebody is between SGLang's own begin_weight_update and end_weight_update."""
+    return getattr(scheduler.weight_updater, "_session", None) is not None
+
+
+def contents_go_with_memory() -> bool:
+    """Whether releasing the weights' memory loses their bits."""
+    from sglang.srt.runtime_context import get_exec
+
+    features = get_exec().features
+    return bool(features.enable_memory_saver) and not bool(features.enable_weights_cpu_backup)
+
+
+def derived_cache_error(model: Any) -> str | None:
+    """SGLang's own reason not to update this model while it runs."""
+    try:
+        from sglang.srt.model_executor.model_runner_components.weight_updater import (
+            _unsupported_derived_weight_cache_error as reason,
+        )
+    except ImportError:
+        return None
+    found: str | None = reason(model)
+    return found
+
+
+def weight_cache_mode() -> str:
+    """How weights are shared between engines; "off" where they are this engine's own."""
+    from sglang.srt.runtime_context import get_model
+
+    return str(getattr(get_model(), "weight_cache_mode", "off"))
+
+
+def begin_native(runner: Any) -> None:
+    """Undo what quantisation packed in place, so that weights can be loaded again."""
+    runner.weight_updater.begin_weight_update()
+
+
+def end_native(runner: Any) -> None:
+    """The model's own fixup, then quantisation of every module: the order of a load at start."""
+    runner.weight_updater.end_weight_update(run_post_load=True)
+
+
+def load_native(runner: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """The engine's own loader."""
+    import torch
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
+
+    with torch.no_grad(), set_default_torch_dtype(runner.model_config.dtype):
+        runner.model.load_weights(weights)
+
+
+def abort_output(scheduler: Any, request: Any, message: str, status_code: int) -> None:
+    """End a request that was not taken, with a message to its client."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    reason = {"type": "abort", "status_code": status_code, "message": message}
+    scheduler.send_abort_output(AbortReq(rid=request.rid, abort_message=message, finished_reason=reason), request)
+
+
+def request_kinds() -> tuple[type, tuple[type, ...], tuple[type, ...]]:
+    """Types of: a resume; one request for tokens; a batch of such."""
+    from sglang.srt.managers import io_struct
+
+    return (
+        io_struct.ContinueGenerationReqInput,
+        (io_struct.TokenizedGenerateReqInput, io_struct.TokenizedEmbeddingReqInput),
+        (io_struct.BatchTokenizedGenerateReqInput, io_struct.BatchTokenizedEmbeddingReqInput),
+    )
+
+
+def is_health_check(request: Any) -> bool:
+    """Whether a request is the server's own health check."""
+    from sglang.srt.managers.utils import is_health_check_generate_req
+
+    return bool(is_health_check_generate_req(request))
+
+
+def ipc_answer(*, success: bool, message: str) -> Any:
+    """What the scheduler answers to update_weights_from_ipc."""
+    from sglang.srt.managers.io_struct import UpdateWeightsFromIPCReqOutput
+
+    return UpdateWeightsFromIPCReqOutput(success=success, message=message)
+
+
+def http_module() -> Any:
+    """SGLang's HTTP server, where this process runs it."""
+    return sys.modules.get(HTTP_SERVER)
+
+
+def conflict(text: str) -> Exception:
+    """An error that SGLang's routes answer as 409."""
+    from fastapi import HTTPException
+
+    return HTTPException(status_code=409, detail=text)
+
+
+def require(path: str) -> None:
+    """Refuse a version that lacks a place this plugin hooks into.
+
+    Raises:
+        EngineError: it does.
+    """
+    if not has(path):
+        raise EngineError(
+            f"SGLang {engine_version()} has no {path}; this plugin ran on {', '.join(RAN_ON)}: use such a version"
+        )
+
+
+def require_server() -> Any:
+    """SGLang's module of requests, for control inside the engine's process.
+
+    Raises:
+        EngineUnavailable: SGLang is not installed here.
+    """
+    try:
+        return import_module("sglang.srt.managers.io_struct")
+    except ImportError as error:
+        raise EngineUnavailable(f"SGLang cannot be imported here: {error}") from error
+
+
+# -- the process that takes requests ---------------------------------------------------------------------------------
+def requests() -> Any:
+    """The module of SGLang's control requests."""
+    return require_server()
+
+
+def continue_request() -> Any:
+    """A resume. Giving cached device memory back would only delay it."""
+    kind = requests().ContinueGenerationReqInput
+    return kind(torch_empty_cache=False) if "torch_empty_cache" in fields_of(kind) else kind()
+
+
+def fields_of(kind: type) -> tuple[str, ...]:
+    """Names of the fields of a message class, whichever library made it."""
+    return tuple(getattr(kind, "__struct_fields__", None) or getattr(kind, "__dataclass_fields__", ()))
+
+
+def is_starting(manager: Any) -> bool:
+    """Whether the server is not up yet."""
+    return str(getattr(manager.server_status, "name", "")) == "Starting"
+
+
+def admin_route(function: Any) -> Any:
+    """Mark a route as one that needs the admin key, where the server has one."""
+    try:
+        from sglang.srt.utils.auth import AuthLevel, auth_level
+    except ImportError:
+        return function
+    return auth_level(AuthLevel.ADMIN_OPTIONAL)(function)
+
+
+def check_topology() -> None:
+    """Refuse engines whose ranks one update cannot reach.
+
+    Raises:
+        EngineStateError: data parallel, or several tokenizer workers.
+    """
+    found = parallel()
+    if int(found.dp_size) != 1 or bool(getattr(found, "attn_dp_enabled", False)):
+        raise EngineStateError(
+            "SGLang does not hand weight updates to data-parallel ranks (--dp-size, --enable-dp-attention); run one server per "
+            "replica and name each with --endpoint"
+        )
+    from sglang.srt.runtime_context import get_serving
+
+    if int(getattr(get_serving(), "tokenizer_worker_num", 1)) != 1:
+        raise EngineStateError("--tokenizer-worker-num over 1: workers do not know of each other's pause; use one")

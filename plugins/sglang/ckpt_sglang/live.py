@@ -1,0 +1,38 @@
+"""Live tensors of an SGLang model, and whether their bits are those of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckpt_core.contract import LiveState, LiveTensor
+
+
+def live_tensors(model: Any) -> dict[str, LiveTensor]:
+    """Parameters and buffers by name; each once, where modules share them."""
+    found: dict[str, LiveTensor] = {}
+    for module_name, module in model.named_modules():
+        state = LiveState.PURE if _keeps_bits(module) else LiveState.PROCESSED
+        prefix = f"{module_name}." if module_name else ""
+        for name, tensor in module.named_parameters(recurse=False):
+            found.setdefault(prefix + name, LiveTensor(tensor=tensor.data, state=state))
+        for name, tensor in module.named_buffers(recurse=False):
+            found.setdefault(prefix + name, LiveTensor(tensor=tensor, state=LiveState.PROCESSED))
+    seen: set[int] = set()
+    return {name: item for name, item in found.items() if not _again(item.tensor.data_ptr(), seen)}
+
+
+def _again(address: int, seen: set[int]) -> bool:
+    if address in seen:
+        return True
+    if address:
+        seen.add(address)
+    return False
+
+
+def _keeps_bits(module: Any) -> bool:
+    """Whether nothing is done to the module's weights after loading."""
+    method = getattr(module, "quant_method", None)
+    if method is None:
+        return True
+    device = next((parameter.device.type for parameter in module.parameters(recurse=False)), "cpu")
+    return device == "cpu" and type(method).__name__.startswith("Unquantized")
