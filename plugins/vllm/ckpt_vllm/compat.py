@@ -280,3 +280,13 @@ def weight_version_of(core: Any) -> str:
     ask = getattr(core, "get_weight_version", None)
     found = str(ask()) if ask is not None else ""
     return "" if found == "default" else found
+
+
+def packed_inputs(module: Any) -> int:
+    """Number of columns of a packed weight."""
+    return int(load_format(module)["weight"].shape[1])
+
+
+def packed_dtype(module: Any) -> torch.dtype:
+    """Of what goes in and comes out."""
+    return load_format(module)["weight"].dtype

@@ -5,7 +5,7 @@ Three small patches, put in by the general plugin (or the worker extension) in e
 * `EngineCore.resume_scheduler` asks every rank first, and refuses while one is poisoned: a client's POST /resume gets an error
   and the server lives on, paused. A wake that would resume leaves it paused.
 * `EngineCore.collective_rpc` tells our attach call whether the scheduler is paused, which workers do not know; answers
-  `ckpt_status`; and pauses the scheduler itself where an update left mixed weights.
+  `ckpt_status` and `ckpt_digests`; and pauses the scheduler itself where an update left mixed weights.
 * `Worker.execute_model` raises while its rank is poisoned. That ends the engine: it is the last line, behind the other two.
 """
 
@@ -21,12 +21,13 @@ from ckpt_core.errors import EngineStateError
 from ckpt_vllm import compat
 from ckpt_vllm.adapter import adapter_of
 from ckpt_vllm.attach import FACTS_KEY, arm_rank, rank_status
+from ckpt_vllm.digests import rank_digests
 from ckpt_vllm.facts import EngineFacts
 
 _log = logging.getLogger("vllm.ckpt")  # below vLLM's own logger, whose handler shows it
 _MARK = "_ckpt_patched"
 _WAITING = "vLLM was started to wait for its first weights, and none have been committed"
-ATTACH, STATUS, NATIVE = "ckpt_attach", "ckpt_status", "update_weights"
+ATTACH, STATUS, DIGESTS, NATIVE = "ckpt_attach", "ckpt_status", "ckpt_digests", "update_weights"
 
 
 def install() -> None:
@@ -123,6 +124,8 @@ def _informed_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
         if method == STATUS:
             facts = facts_of(core).to_json()
             return [{**status, FACTS_KEY: facts} for status in _statuses(core)]
+        if method == DIGESTS:
+            return core.model_executor.collective_rpc(rank_digests)
         entering = _with_facts(core, method, kwargs)
         if entering is None:
             return original(core, method, timeout, args, kwargs)
