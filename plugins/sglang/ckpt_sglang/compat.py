@@ -110,6 +110,11 @@ def weight_version() -> str:
     return str(get_serving().weight_version)
 
 
+def record_version(scheduler: Any, version_: str) -> None:
+    """From here on tokens are made by that version: also for requests that are there already."""
+    scheduler.record_weight_version_change(new_version=version_)
+
+
 def runners(scheduler: Any) -> list[tuple[str, Any]]:
     """Role and model runner of every model that has weights: the target first, then draft models."""
     found = list(scheduler.tp_worker.weight_update_runners())
@@ -265,6 +270,11 @@ def fields_of(kind: type) -> tuple[str, ...]:
 def is_starting(manager: Any) -> bool:
     """Whether the server is not up yet."""
     return str(getattr(manager.server_status, "name", "")) == "Starting"
+
+
+def note_version(manager: Any, version_: str) -> None:
+    """The version that answers of the tokenizer manager name; the scheduler's is recorded at the commit."""
+    manager._update_weight_version_if_provided(version_)
 
 
 def admin_route(function: Any) -> Any:

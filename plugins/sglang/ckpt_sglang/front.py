@@ -39,7 +39,7 @@ async def around_update(original: Callable[..., Awaitable[Any]], manager: Any, *
     finally:
         control.updating = False
     with contextlib.suppress(CkptError):  # told to whoever asks for the status
-        await control.facts()
+        compat.note_version(manager, (await control.facts())["version"])
     return answer
 
 

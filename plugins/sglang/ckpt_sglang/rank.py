@@ -193,8 +193,9 @@ class SglangRank:
             self.guard.arm(cause)
             return
         if self._progress is not None and self._progress.phase is Phase.FINISHED:
-            self._last = (self._progress.update.update_id, AbortOutcome.RELOADABLE)
-            self._progress = None
+            committed, self._progress = self._progress.update, None
+            self._last = (committed.update_id, AbortOutcome.RELOADABLE)
+            compat.record_version(self.scheduler, committed.version)
             self.guard.first_weights()
         if self._progress is None:
             self.guard.mark_updating("")
