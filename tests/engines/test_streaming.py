@@ -1,0 +1,138 @@
+"""An update in the middle of requests, in each pause mode: which weights made which token, and nothing in between."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from cases import LONG, LONG_CASES, SHORT
+from conftest import INSTALLED
+from engine_clients import Refused
+
+from ckpt_core import plugins
+from ckpt_core.capability import Capability
+from ckpt_core.contract import PauseMode
+
+WAIT_S = 60.0
+WHOLE = {PauseMode.ABORT: Capability.PAUSE_ABORT, PauseMode.WAIT: Capability.PAUSE_WAIT}
+SPANNED = {
+    PauseMode.KEEP: Capability.PAUSE_KEEP,
+    PauseMode.IN_PLACE: Capability.PAUSE_KEEP,
+    PauseMode.RETRACT: Capability.PAUSE_RETRACT,
+}
+
+
+def offered(modes):
+    return [
+        mode
+        for mode, capability in modes.items()
+        if any(plugins.load(engine).info.support(capability).usable for engine in INSTALLED)
+    ]
+
+
+class Streams:
+    """One long request a prompt, and short ones by a client that never stops asking."""
+
+    def __init__(self, deployment):
+        self.client = deployment.client
+        self.prompts = deployment.checkpoints.prompts
+        self.all_began = threading.Barrier(len(self.prompts) + 1)
+        self.enough = threading.Event()
+        self.newcomers = []
+
+    def long(self, prompt):
+        began = threading.Event()
+
+        def on_token():
+            if not began.is_set():
+                began.set()
+                self.all_began.wait(WAIT_S)
+
+        return self.client.generate(prompt, LONG, on_token=on_token)
+
+    def ask_on(self):
+        """Requests that come before, during and after the update; one that was refused or ended early says nothing."""
+        while not self.enough.is_set():
+            try:
+                self.newcomers.append(self.client.generate(self.prompts[0], SHORT))
+            except Refused:
+                continue
+
+    @contextmanager
+    def running(self):
+        """Entered when every long request has its first token; afterwards `answers` has the whole ones."""
+        with ThreadPoolExecutor(len(self.prompts) + 1) as threads:
+            waiting = [threads.submit(self.long, prompt) for prompt in self.prompts]
+            asking = threads.submit(self.ask_on)
+            try:
+                self.all_began.wait(WAIT_S)
+                yield self
+                self.answers = [answer.result(WAIT_S) for answer in waiting]
+            finally:
+                self.enough.set()
+                self.all_began.abort()
+            asking.result(WAIT_S)
+
+
+def update_in_the_middle(deployment, updater_of, mode):
+    """From A to B while requests stream."""
+    stale = mode in (PauseMode.KEEP, PauseMode.IN_PLACE)
+    updater = updater_of(deployment, pause_mode=mode, allow_stale_cache=stale)
+    updater_of(deployment).update(deployment.checkpoints.a, version="A")
+    updater.update(deployment.checkpoints.a, version="A")  # its agents run from now on
+    with Streams(deployment).running() as streams:
+        report = updater.update(deployment.checkpoints.b, version="B")
+    assert report.requests_in_flight is None or report.requests_in_flight >= len(streams.prompts)
+    return streams
+
+
+def versions_of(answer):
+    return {span.version for span in answer.spans}
+
+
+def assert_serves_b(deployment):
+    assert [deployment.client.generate(prompt, SHORT).token_ids for prompt in deployment.checkpoints.prompts] == (
+        deployment.fresh.short("b")
+    )
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+@pytest.mark.parametrize("mode", offered(WHOLE))
+def test_every_response_has_one_version(deployment, updater_of, mode):
+    fresh = deployment.fresh
+    streams = update_in_the_middle(deployment, updater_of, mode)
+    for number, answer in enumerate(streams.answers):
+        assert versions_of(answer) == {"A"}
+        assert fresh.is_prefix("a", number, answer)
+        assert answer.aborted if mode is PauseMode.ABORT else len(answer.token_ids) == LONG
+    assert {version for answer in streams.newcomers for version in versions_of(answer)} >= {"A"}
+    for answer in streams.newcomers:
+        assert len(versions_of(answer)) <= 1
+        (which,) = versions_of(answer) or {"A"}
+        assert fresh.is_prefix(which.lower(), 0, answer)
+        assert answer.aborted or len(answer.token_ids) == SHORT
+    assert_serves_b(deployment)
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+@pytest.mark.parametrize("mode", offered(SPANNED))
+def test_every_token_has_one_version(deployment, updater_of, mode):
+    fresh = deployment.fresh
+    streams = update_in_the_middle(deployment, updater_of, mode)
+    for number, answer in enumerate(streams.answers):
+        old, new = answer.spans
+        assert (old.version, new.version) == ("A", "B")
+        assert (old.start, old.end, new.end) == (0, new.start, LONG)
+        assert len(answer.token_ids) == LONG
+        assert fresh.is_prefix("a", number, answer, old.end)
+        if mode is PauseMode.RETRACT:  # the cache was computed again: as if the prompt had ended there
+            prompt = [*streams.prompts[number], *answer.token_ids[: old.end]]
+            rest = deployment.client.generate(prompt, LONG - old.end)
+            assert answer.token_ids[old.end :] == rest.token_ids
+    for answer in streams.newcomers:
+        assert versions_of(answer) <= {"A", "B"}
+        if versions_of(answer) == {"A"}:
+            assert fresh.is_prefix("a", 0, answer)
+    # a cache of the old weights may be left where that was accepted: gone after an update that flushes
+    updater_of(deployment).update(deployment.checkpoints.b, version="B")
+    assert_serves_b(deployment)

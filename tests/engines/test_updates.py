@@ -1,0 +1,47 @@
+"""A server that started on dummy weights becomes, update by update, what a fresh start on the checkpoint is."""
+
+import pytest
+from cases import CASES, SHORT, SMOLLM2
+
+from ckpt_core import Outcome
+from ckpt_core.contract import EndpointState
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+real_case = pytest.mark.parametrize("case", [case for case in CASES if case.model == SMOLLM2], ids=str)
+
+
+@every_case
+def test_dummy_weights_become_a_fresh_start(deployment, updater_of):
+    """The first update of the server: nothing of the checkpoint was ever read from disk by it."""
+    fresh = deployment.fresh
+    assert fresh.tokens["a"] != fresh.tokens["b"]
+    assert deployment.babble not in (fresh.tokens["a"], fresh.tokens["b"])
+    report = updater_of(deployment).update(deployment.checkpoints.a, version="A")
+    assert report.outcome is Outcome.COMMITTED
+    assert [rank.rank for rank in report.ranks] == list(range(deployment.case.tp))
+    assert deployment.answers() == fresh.tokens["a"]
+    status = deployment.status()
+    assert (status.state, status.version, status.world_size) == (EndpointState.SERVING, "A", deployment.case.tp)
+
+
+@every_case
+def test_ten_updates_in_a_row(deployment, updater_of):
+    updater = updater_of(deployment)
+    prints = {"a": set(), "b": set()}
+    for number in range(10):
+        which = "ba"[number % 2]
+        report = updater.update(deployment.checkpoints[which], version=f"{which}{number}")
+        prints[which].add(tuple(rank.fingerprint for rank in report.ranks))
+        prompt = deployment.checkpoints.prompts[number % len(deployment.checkpoints.prompts)]
+        answer = deployment.client.generate(prompt, SHORT)
+        assert answer.token_ids == deployment.fresh.short(which)[number % len(deployment.checkpoints.prompts)]
+        assert {span.version for span in answer.spans} == {f"{which}{number}"}
+    assert len(prints["a"]) == len(prints["b"]) == 1, "the same weights leave the same live bits, each time"
+    assert deployment.answers() == deployment.fresh.tokens["a"]
+
+
+@real_case
+def test_a_real_model_makes_sense(deployment, updater_of):
+    updater_of(deployment).update(deployment.checkpoints.a, version="real")
+    (tokens,) = deployment.answers()
+    assert "The capital of France is Paris." in deployment.checkpoints.decode(tokens)
