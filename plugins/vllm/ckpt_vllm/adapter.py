@@ -18,8 +18,12 @@ from ckpt_core.contract import (
     Update,
 )
 from ckpt_core.errors import CoverageError, EngineError, EngineStateError
+from ckpt_core.layout import Layout
+from ckpt_core.manifest import Manifest
 from ckpt_vllm import compat
+from ckpt_vllm.expected import ExpectedCheckpoint, expected_of
 from ckpt_vllm.facts import EngineFacts
+from ckpt_vllm.layout import layout_of, trusted, unchecked
 from ckpt_vllm.loading import Choice, DirectLoader, Loader, ReloadLoader, Way, choose
 
 _log = logging.getLogger("vllm.ckpt")  # below vLLM's own logger, whose handler shows it
@@ -51,6 +55,8 @@ class CkptWorker:
         self.poison: str | None = None
         self.version = ""
         self.choice: Choice | None = None
+        self._expected: ExpectedCheckpoint | None = None
+        self._trusted: bool | None = None
         self._running: _Running | None = None
         self._finished: Update | None = None
         self._touched = False
@@ -93,6 +99,16 @@ class CkptWorker:
                 "start it without --enable-lora"
             )
         self.facts().check_updatable()
+
+    def layout(self, manifest: Manifest) -> Layout:
+        """What this rank needs of a checkpoint. Reads the model's structure and touches nothing."""
+        model, config = self.model, self.worker.vllm_config.model_config
+        if self._expected is None:
+            self._expected = expected_of(model, config)
+        expected, rename, elsewhere = self._expected, compat.renaming_of(model), compat.stage_test_of(model)
+        if self._trusted is None:
+            self._trusted = trusted(config.model, lambda given: layout_of(given, expected, rename, elsewhere))
+        return layout_of(manifest, expected, rename, elsewhere) if self._trusted else unchecked(manifest)
 
     # -- the update --------------------------------------------------------------------------------------------------
     def begin(self, update: Update) -> None:
@@ -144,6 +160,7 @@ class CkptWorker:
             raise CoverageError(
                 f"rank {self.worker.rank}: {len(absent)} expected tensors did not arrive, the first {absent[:4]}; update again"
             )
+        self._check_complete(running)
         with self._engine_context(), torch.no_grad():
             for loader in running.loaders:
                 loader.finish()
@@ -188,6 +205,18 @@ class CkptWorker:
             "way": self.choice.way.value if self.choice else "",
             "reason": self.choice.reason if self.choice else "",
         }
+
+    def _check_complete(self, running: _Running) -> None:
+        """Raise CoverageError where a module that is reloaded got some of its tensors, or none though all should come.
+
+        vLLM would fill the rest of it with whatever is in memory, or keep the old weights.
+        """
+        for loader in running.loaders:
+            for name, loaded, total in loader.incomplete():
+                if loaded or not running.update.partial:
+                    raise CoverageError(
+                        f"rank {self.worker.rank}: module {name} got {loaded} of {total} elements; send all of a module together"
+                    )
 
     def _of(self, update: Update, what: str) -> _Running:
         if self._running is None or self._running.update.update_id != update.update_id:

@@ -12,13 +12,13 @@ FACTS_KEY = "engine"
 _log = logging.getLogger("vllm.ckpt")  # below vLLM's own logger, whose handler shows it
 
 
-def attach(worker: Any, rendezvous: Mapping[str, Any], facts: Mapping[str, Any] | None) -> dict[str, Any]:
+def attach(worker: Any, rendezvous: Mapping[str, Any], engine: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Take part in an update; blocks until it is over. Never raises: that would desynchronise vLLM's RPC for good.
 
     Args:
         worker: vLLM's worker.
         rendezvous: fields of `ckpt_core.contract.Rendezvous`.
-        facts: of the engine core, see EngineFacts; None where it has none to tell.
+        engine: what the engine core knows, see EngineFacts; None where nobody told.
 
     Returns:
         fields of `AttachResult`.
@@ -30,8 +30,8 @@ def attach(worker: Any, rendezvous: Mapping[str, Any], facts: Mapping[str, Any] 
         from ckpt_vllm.facts import EngineFacts
 
         adapter = adapter_of(worker)
-        if facts is not None:
-            known = EngineFacts.from_json(facts)
+        if engine is not None:
+            known = EngineFacts.from_json(engine)
             adapter.facts = lambda: known
         result = asdict(attach_rank(adapter, Rendezvous(**rendezvous), engine=ENGINE))
         result["details"] = {"way": adapter.choice.way.value, "reason": adapter.choice.reason} if adapter.choice else {}

@@ -28,10 +28,11 @@ _HOW_TO_START = (
 
 
 class Road(Enum):
-    """How an update enters a server."""
+    """How an update enters vLLM."""
 
     NATIVE = "weight-transfer engine"
     EXTENSION = "worker extension"
+    IN_PROCESS = "engine object in this process"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

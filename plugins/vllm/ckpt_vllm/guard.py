@@ -20,7 +20,7 @@ from typing import Any
 from ckpt_core.errors import EngineStateError
 from ckpt_vllm import compat
 from ckpt_vllm.adapter import adapter_of
-from ckpt_vllm.attach import FACTS_KEY, arm_rank, rank_status
+from ckpt_vllm.attach import FACTS_KEY, arm_rank, attach, rank_status
 from ckpt_vllm.digests import rank_digests
 from ckpt_vllm.facts import EngineFacts
 
@@ -130,8 +130,9 @@ def _informed_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
         if entering is None:
             return original(core, method, timeout, args, kwargs)
         try:
-            # no timeout: a late answer would stay in vLLM's queue, and be taken for that to a later call
-            return original(core, method, None, args, entering)
+            # the function travels by its name: no worker extension is needed. No timeout: a late answer would stay in
+            # vLLM's queue, and be taken for that to a later call
+            return original(core, attach if method == ATTACH else method, None, args, entering)
         finally:
             _pause_if_poisoned(core)
 

@@ -18,7 +18,6 @@ from ckpt_vllm import compat
 if TYPE_CHECKING:
     import torch
 
-_PLAIN_METHODS = frozenset({"", "UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"})
 _PLAIN_EXPERTS = frozenset({"TRITON", "BATCHED_TRITON"})  # kernels that take the weights as they are loaded
 
 
@@ -57,7 +56,7 @@ def _why_not_direct(module: Any) -> str:  # noqa: PLR0911 a list of reasons
     if backend and backend not in _PLAIN_EXPERTS:
         return f"experts are repacked for {backend}"
     method = compat.quantisation_of(module)
-    if not backend and not compat.is_attention(module) and method not in _PLAIN_METHODS:
+    if not backend and not compat.is_attention(module) and not compat.is_plain(module):
         return method
     for name, expected in compat.load_format(module).items():
         live = module._parameters.get(name)
@@ -81,6 +80,10 @@ class DirectLoader:
         """Into the live parameters."""
         self.touched = True
         self._model.load_weights(iter(tensors))
+
+    def incomplete(self) -> list[tuple[str, int, int]]:
+        """What was not sent keeps its values, exactly."""
+        return []
 
     def finish(self) -> None:
         """Nothing is derived."""
@@ -110,6 +113,10 @@ class ReloadLoader:
         self.touched = True
         self._model.load_weights((name, tensor.clone()) for name, tensor in tensors)
         self.retained_bytes = compat.retained_bytes(self._model)
+
+    def incomplete(self) -> list[tuple[str, int, int]]:
+        """Modules that lack elements, with how many they got and want."""
+        return compat.incomplete_modules(self._model)
 
     def finish(self) -> None:
         """Process the rest."""

@@ -25,6 +25,8 @@ from ckpt_vllm import compat, control
 
 if TYPE_CHECKING:
     from ckpt_core.endpoint import Endpoint
+    from ckpt_core.layout import Layout
+    from ckpt_core.manifest import Manifest
     from ckpt_vllm.adapter import CkptWorker
 
 _log = logging.getLogger(__name__)
@@ -78,6 +80,12 @@ def ckpt_identify(worker: CkptWorker) -> RankInfo:
 def ckpt_supports(worker: CkptWorker) -> None:
     """Not with LoRA, not asleep, not while it serves."""
     worker.check_updatable()
+
+
+@hookimpl
+def ckpt_layout(worker: CkptWorker, manifest: Manifest) -> Layout:
+    """Whole tensors, by module; names, shapes and dtypes compared with the model's."""
+    return worker.layout(manifest)
 
 
 @hookimpl
