@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from shapes import Shape
 
 ENGINE = "mock"
+_SIGNAL_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +83,26 @@ class MockWorker:
     def _warm_up(self) -> None:
         """Load the copy kernel, as an engine that has served has done long ago."""
         source = self._torch.zeros((64, 64), dtype=self._torch.bfloat16, device=self.device)
-        self._torch._foreach_copy_([source[:32], source[32:, 1:]], [source[32:], source[:32, :-1]])
+        self._torch._foreach_copy_([source[:16], source[16:32]], [source[32:48], source[48:]])
+        source[:32, 1:].copy_(source[32:, :-1])
         self.synchronize()
+
+    def signal_handle(self) -> str:
+        """A small buffer that the other ranks map, as all-reduce kernels and communicators of TP engines do.
+
+        It counts: to open a ring on another GPU takes 6 to 12 ms in a process that has nothing of that GPU mapped, and
+        0.1 ms in one that has.
+        """
+        from ckpt_core.cuda import driver
+
+        self._signal = driver.allocate(_SIGNAL_BYTES)
+        return driver.export(self._signal)
+
+    def map_peers(self, handles: Sequence[str]) -> None:
+        """Map the buffers of the other ranks; they stay mapped."""
+        from ckpt_core.cuda import driver
+
+        self._peers = [driver.open_exported(handle) for rank, handle in enumerate(handles) if rank != self.rank]
 
     def _box(self, shape: Shape) -> Box:
         start, size = [0] * len(shape.shape), list(shape.shape)
@@ -112,16 +132,12 @@ class MockWorker:
         """Where a part goes, which part of it, and whether that is whole rows: worked out once per part."""
         key = (name, part)
         if key not in self._places:
-            whole = part or Box.whole(self.shapes[name].shape)
-            mine = whole.intersect(self.boxes[name])
-            if mine is None:
+            found = _geometry(part, tuple(self.shapes[name].shape), self.boxes[name])
+            if found is None:
                 self._places[key] = None
             else:
-                self._places[key] = (
-                    self.parameters[name][mine.relative_to(self.boxes[name]).slices],
-                    mine.relative_to(whole),
-                    mine.shape[1:] == whole.shape[1:],
-                )
+                region, inside, whole_rows = found
+                self._places[key] = (self.parameters[name][region.slices], inside, whole_rows)
         return self._places[key]
 
     def synchronize(self) -> None:
@@ -138,6 +154,16 @@ class MockWorker:
             expected = expected_values(name, self.shapes[name].shape, seed, self.device)
             wrong += int((parameter != expected[self.boxes[name].slices]).sum())
         return wrong
+
+
+@cache  # layers repeat the same few
+def _geometry(part: Box | None, shape: tuple[int, ...], needed: Box) -> tuple[Box, Box, bool] | None:
+    """Region of the parameter, region of the part, and whether that is whole rows."""
+    whole = part or Box.whole(shape)
+    mine = whole.intersect(needed)
+    if mine is None:
+        return None
+    return mine.relative_to(needed), mine.relative_to(whole), mine.shape[1:] == whole.shape[1:]
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -256,6 +282,8 @@ class MockEngine:
             self._pipes.append(ours)
             self._processes.append(process)
         self._gather()
+        if options.device == "cuda":
+            self.call("map_peers", self.call("signal_handle"))
 
     @property
     def pids(self) -> list[int]:
@@ -360,6 +388,8 @@ COMMANDS = {
     "synchronize": lambda worker, _own: worker.synchronize(),
     "attach": _attach,
     "memory": _memory,
+    "signal_handle": lambda worker, _own: worker.signal_handle(),
+    "map_peers": lambda worker, _own, handles: worker.map_peers(handles),
     "wrong": lambda worker, _own, seed: worker.wrong_bytes(seed),
     "poison": lambda worker, _own: [parameter.fill_(-1) for parameter in worker.parameters.values()] and None,
 }

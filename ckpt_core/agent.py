@@ -21,7 +21,7 @@ from ckpt_core.channel import AbortRequested, Line
 from ckpt_core.cuda import driver, probe
 from ckpt_core.device import CPU
 from ckpt_core.devices import device_of
-from ckpt_core.errors import CkptError, PeerLost, TransferTimeout, TransportError
+from ckpt_core.errors import CkptError, PeerLost, PlanError, TransferTimeout, TransportError
 from ckpt_core.failure import failure_message
 from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing, send
@@ -73,15 +73,16 @@ class Agent:
         self._line = line
         self._device = device_of(config.device)
         self._pool = HostPool(self._device, turn=config.index / config.count)
-        self._writer: IpcRingWriter | None = None
+        self._writers: list[IpcRingWriter] = []
         self._outgoing: Outgoing | None = None
         self._plan: Plan | None = None
         self._manifest: Manifest | None = None
         self._handlers: dict[type[wire.Message], Callable[..., wire.AnyMessage | None]] = {
             wire.Prepare: self._prepare,
             wire.OpenRing: self._open_ring,
+            wire.TakePlan: self._take_plan,
             wire.Send: self._send,
-            wire.Abort: self._close_ring,
+            wire.Abort: self._close_rings,
         }
 
     def run(self) -> None:
@@ -91,7 +92,7 @@ class Agent:
             while not isinstance(message := self._next(), wire.Stop):
                 self._handle(message)
         finally:
-            self._close_ring(None)
+            self._close_rings(None)
             self._pool.close()
 
     def _next(self) -> wire.AnyMessage:
@@ -107,7 +108,7 @@ class Agent:
             with uncollected():
                 reply = handler(message)
         except AbortRequested:
-            reply = self._close_ring(None)
+            reply = self._close_rings(None)
         except PeerLost:
             raise
         except Exception as error:  # noqa: BLE001 every failure goes to the controller
@@ -116,7 +117,10 @@ class Agent:
             self._line.send(reply)
 
     def _prepare(self, message: wire.Prepare) -> wire.Prepared:
+        before = self._pool.layout
         locked_bytes, lock_s = self._pool.adopt(message.index)
+        if self._pool.layout is not before:
+            self._manifest = Manifest.from_index(message.index)
         start = told = time.perf_counter()
         digests: dict[str, str] = {}
         sizes = {extent.name: extent.size_bytes for extent in message.index.extents}
@@ -133,25 +137,35 @@ class Agent:
         )
 
     def _open_ring(self, message: wire.OpenRing) -> wire.RingOpened:
-        self._close_ring(None)
-        if message.plan is not None and message.manifest is not None:
-            self._plan, self._manifest = message.plan, message.manifest
-        if self._plan is None or self._manifest is None:
-            raise TransportError("asked for a ring without a plan, and knows none")
-        if self._outgoing is None or not self._outgoing.holds(self._plan, self._pool):
-            self._outgoing = Outgoing.of(self._plan, self._config.index, self._pool, self._manifest)
-        self._writer = IpcRingWriter(
+        # ranks may have mapped the one before: it stays until they have let go
+        writer = IpcRingWriter(
             owner=self._config.index,
-            receivers=self._plan.receivers,
-            ring_bytes=self._plan.ring_bytes,
+            serial=len(self._writers),
+            receivers=message.receivers,
+            ring_bytes=message.size_bytes,
             device=self._device,
             directory=Path(self._config.directory),
         )
-        return wire.RingOpened(offer=self._writer.offer())
+        self._writers.append(writer)
+        return wire.RingOpened(offer=writer.offer())
+
+    def _take_plan(self, message: wire.TakePlan) -> wire.PlanTaken:
+        self._plan = message.plan or self._plan
+        if self._plan is None or self._manifest is None:
+            raise TransportError("asked to take the plan of last time, and knows none")
+        if self._plan.structure_digest != self._manifest.structure_digest:
+            raise PlanError(
+                f"the plan is for checkpoints of structure {self._plan.structure_digest}, the prepared one has "
+                f"{self._manifest.structure_digest}; prepare the checkpoint that the plan was made for"
+            )
+        if self._outgoing is None or not self._outgoing.holds(self._plan):
+            self._outgoing = Outgoing(self._plan, self._config.index, self._pool, self._manifest)
+        return wire.PlanTaken()
 
     def _send(self, message: wire.Send) -> wire.Sent:
-        if self._writer is None or self._outgoing is None:
-            raise TransportError("asked to send before a ring was opened")
+        if not self._writers or self._outgoing is None:
+            raise TransportError("asked to send before a ring was opened and a plan taken")
+        writer = self._writers[-1]
         poller = Poller(
             check=self._check,
             deadline=time.monotonic() + message.timeout_s,
@@ -161,16 +175,15 @@ class Agent:
         )
         tracks = ProcessTracks(f"agent {self._config.index}", TrackKind.AGENT, wanted=message.trace)
         if message.trace:
-            tracks.timer = self._writer.trace()
-        stats = send(self._outgoing, writer=self._writer, poller=poller, spans=tracks.spans)
+            tracks.timer = writer.trace()
+        stats = send(self._outgoing, writer=writer, poller=poller, spans=tracks.spans)
         stats = msgspec.structs.replace(stats, tracks=tracks.take())
         self._pool.check_unchanged()
         return wire.Sent(stats=stats)
 
-    def _close_ring(self, _message: object) -> wire.RingClosed:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
+    def _close_rings(self, _message: object) -> wire.RingClosed:
+        while self._writers:
+            self._writers.pop().close()
         return wire.RingClosed()
 
     def _check(self) -> None:

@@ -17,7 +17,6 @@ from ckpt_core.config import child_environment
 from ckpt_core.conversation import Conversation
 from ckpt_core.device import CPU
 from ckpt_core.errors import PeerLost
-from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan
 from ckpt_core.shm import private_directory, remove_directory
 from ckpt_core.source import SourceIndex
@@ -138,13 +137,16 @@ class AgentGroup:
             lock_s=max(reply.lock_s for reply in replies),
         )
 
-    def open_rings(
-        self, plan: Plan | None, manifest: Manifest | None, *, timeout_s: float
-    ) -> tuple[wire.RingOffer, ...]:
-        """A ring in each agent for this plan, or for the one it had last; offers by agent."""
-        ask = wire.OpenRing(plan=plan, manifest=manifest)
+    def open_rings(self, size_bytes: int, receivers: int, *, timeout_s: float) -> tuple[wire.RingOffer, ...]:
+        """A ring of that size in each agent, for that many readers; offers by agent."""
+        ask = wire.OpenRing(size_bytes=size_bytes, receivers=receivers)
         replies = self._conversation.ask(dict.fromkeys(self._peers, ask), wire.RingOpened, timeout_s=timeout_s)
         return tuple(replies[peer].offer for peer in self._peers)
+
+    def tell_plan(self, plan: Plan | None) -> None:
+        """Have all send by this plan, or by the one they had last; each answers PlanTaken."""
+        for peer in self._peers:
+            self._conversation.tell(peer, wire.TakePlan(plan=plan))
 
     def start_sending(self, *, timeout_s: float, trace: bool = False) -> None:
         """Let all send; each answers Sent when its last bucket was read."""

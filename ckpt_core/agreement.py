@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckpt_core import wire
 from ckpt_core.agents import AgentGroup
-from ckpt_core.config import UpdateConfig
+from ckpt_core.config import UpdateConfig, VerifyLevel
 from ckpt_core.contract import DeviceKind
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import CapacityError, PlanError
@@ -33,10 +34,13 @@ class KnownPlan:
     plan: Plan
     ranks: tuple[RankKey, ...]
 
-    def fits(self, manifest: Manifest, hellos: Mapping[bytes, wire.RankHello]) -> bool:
-        """Whether all these ranks still know it, and it is for this structure."""
+    def fits(
+        self, manifest: Manifest, hellos: Mapping[bytes, wire.RankHello], rings: tuple[wire.RingOffer, ...]
+    ) -> bool:
+        """Whether all these ranks still know it, it is for this structure, and the rings are large enough."""
         return (
-            self.plan.structure_digest == manifest.structure_digest
+            all(ring.size_bytes >= self.plan.ring_bytes for ring in rings)
+            and self.plan.structure_digest == manifest.structure_digest
             and self.ranks == rank_keys(hellos)
             and all(hello.known_plan == self.plan.digest for hello in hellos.values())
         )
@@ -54,11 +58,12 @@ def rank_keys(hellos: Mapping[bytes, wire.RankHello]) -> tuple[RankKey, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What an offer says besides plan and rings."""
+    """What an offer says besides plan and rings. `structure` is the manifest without digests: a layout needs none."""
 
     update_id: str
     version: str
     manifest: Manifest
+    structure: Manifest
     config: UpdateConfig
     device_kind: DeviceKind
 
@@ -67,6 +72,7 @@ class Agreement:
     """The talk of one update up to the agreed plan.
 
     Args:
+        rings: open rings of the agents.
         hellos: ranks in the plan's order.
         name: how to call a rank in messages.
     """
@@ -75,6 +81,7 @@ class Agreement:
         self,
         conversation: Conversation,
         agents: AgentGroup,
+        rings: tuple[wire.RingOffer, ...],
         hellos: Mapping[bytes, wire.RankHello],
         terms: Terms,
         *,
@@ -82,6 +89,7 @@ class Agreement:
     ) -> None:
         self._talk = conversation
         self._agents = agents
+        self._rings = rings
         self._hellos = hellos
         self._terms = terms
         self._name = name
@@ -93,9 +101,12 @@ class Agreement:
         Raises:
             CoverageError: they do not.
         """
-        config, manifest = self._terms.config, self._terms.manifest
-        ask = wire.AskLayout(manifest=manifest)
-        replies = self._talk.ask(dict.fromkeys(self._hellos, ask), wire.LayoutReply, timeout_s=self._timeout_s)
+        config = self._terms.config
+        asks = {
+            peer: wire.AskLayout(manifest=self._terms.structure, rings=rings)
+            for peer, rings in self._ring_sets().items()
+        }
+        replies = self._talk.ask(asks, wire.LayoutReply, timeout_s=self._timeout_s)
         check_coverage(
             {self._name(self._hellos[peer]): reply.layout for peer, reply in replies.items()},
             allow_missing=config.allow_missing,
@@ -104,62 +115,82 @@ class Agreement:
         return [replies[peer] for peer in self._hellos]
 
     def agree_on_new(self, layouts: list[wire.LayoutReply]) -> Plan:
-        """Plan, and have everybody take it; with half the ring, and half again, where a device has no room for it.
+        """Plan for the open rings, and have everybody take it; with larger rings where a tensor does not fit into these.
 
         Raises:
-            CapacityError: not even one bucket fits.
+            CapacityError: a device has no room for the larger rings.
         """
-        ring_bytes, bucket_bytes = self._terms.config.ring_for(self._terms.device_kind)
-        while True:
-            plan = make_plan(
-                self._terms.manifest,
-                [reply.layout for reply in layouts],
-                agents=len(self._agents.peers),
-                ring_bytes=ring_bytes,
-                bucket_bytes=bucket_bytes,
-            )
-            for receiver, peer in enumerate(self._hellos):
-                self._talk.tell(peer, wire.CheckPlan(plan=plan, receiver=receiver))
-            try:
-                rings = self._agents.open_rings(plan, self._terms.manifest, timeout_s=self._timeout_s)
-            except CapacityError:
-                if plan.ring_grew or ring_bytes // 2 < _LEAST_RING_BYTES:
-                    raise
-                _log.warning("no room for a ring of %d bytes; trying half of it", ring_bytes)
-                self._agents.close_rings(timeout_s=self._timeout_s)
-                ring_bytes //= 2
-                bucket_bytes = min(bucket_bytes, ring_bytes)
-            else:
-                self._offer(plan, rings)
-                return plan
+        manifest = self._terms.manifest
+        ring_bytes = self._rings[0].size_bytes
+        _, bucket_bytes = self._terms.config.ring_for(self._terms.device_kind)
+        plan = make_plan(
+            manifest,
+            [reply.layout for reply in layouts],
+            agents=len(self._agents.peers),
+            ring_bytes=ring_bytes,
+            bucket_bytes=min(bucket_bytes, ring_bytes),
+        )
+        if plan.ring_grew:
+            self._rings = self._agents.open_rings(plan.ring_bytes, len(self._hellos), timeout_s=self._timeout_s)
+        self._offer(plan, sent=plan)
+        return plan
 
     def agree_on_known(self, plan: Plan) -> None:
         """Have everybody take the plan of the last update again."""
-        self._offer(plan, self._agents.open_rings(None, None, timeout_s=self._timeout_s))
+        self._offer(plan, sent=None)
 
-    def _offer(self, plan: Plan, rings: tuple[wire.RingOffer, ...]) -> None:
-        manifest = self._terms.manifest
-        digests = tuple(meta.digest for meta in manifest.tensors)
-        offers = {peer: self._offer_to(receiver, digests, rings) for receiver, peer in enumerate(self._hellos)}
-        agreed = self._talk.ask(offers, wire.PlanAgreed, timeout_s=self._timeout_s)
-        for peer, reply in agreed.items():
-            if reply.digest != plan.digest:
+    def _ring_sets(self) -> dict[bytes, wire.RingSet]:
+        return {
+            peer: wire.RingSet(offers=self._rings, receiver=receiver, receivers=len(self._hellos))
+            for receiver, peer in enumerate(self._hellos)
+        }
+
+    def _offer(self, plan: Plan, *, sent: Plan | None) -> None:
+        for peer, rings in self._ring_sets().items():
+            self._talk.tell(peer, self._offer_of(sent, rings))
+        self._agents.tell_plan(sent)
+        wanted: dict[bytes, type[wire.PlanAgreed | wire.PlanTaken]] = dict.fromkeys(self._hellos, wire.PlanAgreed)
+        wanted |= dict.fromkeys(self._agents.peers, wire.PlanTaken)
+        for peer, reply in self._talk.gather(wanted, timeout_s=self._timeout_s).items():
+            if isinstance(reply, wire.PlanAgreed) and reply.digest != plan.digest:
                 raise PlanError(
                     f"{self._name(self._hellos[peer])} computed plan digest {reply.digest}, expected {plan.digest}; "
                     "install the same ckpt-core on both sides"
                 )
 
-    def _offer_to(self, receiver: int, digests: tuple[str, ...], rings: tuple[wire.RingOffer, ...]) -> wire.OfferPlan:
+    def _offer_of(self, plan: Plan | None, rings: wire.RingSet) -> wire.OfferPlan:
         terms = self._terms
+        verify = terms.config.verify_on(terms.device_kind)
         return wire.OfferPlan(
-            digests=digests,
+            plan=plan,
+            digests=self._digests if verify is VerifyLevel.ARRIVAL else (),
             rings=rings,
-            receiver=receiver,
             update_id=terms.update_id,
             version=terms.version,
             digest=version_digest(terms.manifest),
-            verify=terms.config.verify_on(terms.device_kind).value,
+            verify=verify.value,
             fingerprint=terms.config.fingerprint,
             transfer_timeout_s=terms.config.transfer_timeout_s,
             trace=terms.config.trace,
         )
+
+    @cached_property
+    def _digests(self) -> tuple[str, ...]:
+        return tuple(meta.digest for meta in self._terms.manifest.tensors)
+
+
+def open_rings(agents: AgentGroup, *, size_bytes: int, receivers: int, timeout_s: float) -> tuple[wire.RingOffer, ...]:
+    """Rings of that size; of half of it, and half again, where a device has no room. Before anything is paused.
+
+    Raises:
+        CapacityError: not even a small one fits.
+    """
+    while True:
+        try:
+            return agents.open_rings(size_bytes, receivers, timeout_s=timeout_s)
+        except CapacityError:
+            agents.close_rings(timeout_s=timeout_s)
+            if size_bytes // 2 < _LEAST_RING_BYTES:
+                raise
+            _log.warning("no room for a ring of %d bytes; trying half of it", size_bytes)
+            size_bytes //= 2

@@ -58,6 +58,10 @@ class Applier:
         """Bytes compared with the manifest so far."""
         return 0 if self._arrival is None else self._arrival.digested_bytes
 
+    def expect(self, step: Step) -> None:
+        """Make ready for the bucket of a step."""
+        self._incoming.of(step)
+
     def consume(self, step: Step) -> None:
         """Digest and load the bucket of a step.
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from operator import or_
+
+import msgspec
 
 from ckpt_core.dtypes import DType, size_bytes
 from ckpt_core.errors import CapacityError
@@ -26,8 +28,7 @@ _ComponentKey = tuple[str | tuple[int, str], ...]
 NaturalKey = tuple[_ComponentKey, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """A tensor, or a part of one that is contiguous in the checkpoint, in a bucket.
 
     Attributes:
@@ -43,8 +44,7 @@ class Piece:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
+class Bucket(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Bytes that travel as one. `size_bytes` is aligned (padding counts); `index` is the place in order."""
 
     index: int
@@ -78,7 +78,8 @@ class Part:
     receivers: int
 
 
-@dataclass(slots=True, kw_only=True)
+# No slots: cached_property needs a __dict__.
+@dataclass(kw_only=True)
 class Needs:
     """What receivers need of a checkpoint.
 
@@ -97,8 +98,12 @@ class Needs:
     tensors: dict[int, TensorNeed] = field(default_factory=dict)
     boxes: list[Box] = field(default_factory=list)
 
+    @cached_property
     def by_pattern(self) -> dict[_Pattern, list[int]]:
-        """Indexes of tensors that are alike in everything that decides how they are cut and who gets what."""
+        """Indexes of tensors that are alike in everything that decides how they are cut and who gets what.
+
+        Asked for when the needs are complete.
+        """
         patterns: dict[_Pattern, list[int]] = {}
         for index, need in self.tensors.items():
             tensor = self.manifest.tensors[index]
@@ -109,7 +114,7 @@ class Needs:
     def bytes_by_receiver(self) -> tuple[int, ...]:
         """Bytes that each receiver needs; a byte that two of its slices share counts once."""
         total = [0] * self.receivers
-        for (shape, dtype, _, whole, slices), indexes in self.by_pattern().items():
+        for (shape, dtype, _, whole, slices), indexes in self.by_pattern.items():
             for receiver in bits(whole):
                 total[receiver] += size_bytes(shape, dtype) * len(indexes)
             boxes: dict[int, list[Box]] = {}
@@ -133,24 +138,28 @@ def collect_needs(manifest: Manifest, layouts: Sequence[Layout]) -> Needs:
         CoverageError: a slice is not inside its tensor.
     """
     needs = Needs(manifest=manifest, receivers=len(layouts))
-    known: dict[tuple[object, ...], int] = {}
+    known: dict[tuple[tuple[int, ...], Box], int] = {}
+    positions, shapes, tensors = manifest.positions, [meta.shape for meta in manifest.tensors], needs.tensors
     for receiver, layout in enumerate(layouts):
         # Planning runs this a million times: no calls that a look-up can save.
         for entry in layout.entries:
-            index = manifest.index_of(entry.tensor)
+            index = positions.get(entry.tensor, -1)
+            if index < 0:
+                index = manifest.index_of(entry.tensor)  # raises
             part = _WHOLE
-            if entry.box is not None:
-                key = (manifest.tensors[index].shape, entry.box.start, entry.box.shape)
-                if key not in known:
-                    known[key] = _part_number(needs.boxes, entry, manifest.tensors[index].shape)
-                part = known[key]
+            if (box := entry.box) is not None:
+                key = (shapes[index], box)
+                if (number := known.get(key)) is None:
+                    number = known[key] = _part_number(needs.boxes, entry, shapes[index])
+                part = number
             if part == _NOTHING:
                 continue
-            need = needs.tensors.get(index)
+            need = tensors.get(index)
             if need is None:
-                need = needs.tensors[index] = TensorNeed()
-            need.group = need.group or entry.group
-            need.cut = need.cut and entry.cut
+                need = tensors[index] = TensorNeed(group=entry.group, cut=entry.cut)
+            else:
+                need.group = need.group or entry.group
+                need.cut = need.cut and entry.cut
             if part == _WHOLE:
                 need.whole |= 1 << receiver
             else:
@@ -219,7 +228,7 @@ def pack(needs: Needs, *, bucket_bytes: int, align_bytes: int = ALIGN_BYTES) -> 
         )
     piece_bytes = max(bucket_bytes // _PIECES_PER_BUCKET, align_bytes)
     parts: dict[int, list[Part]] = {}
-    for pattern, indexes in needs.by_pattern().items():
+    for pattern, indexes in needs.by_pattern.items():
         parts.update(dict.fromkeys(indexes, _parts(pattern, needs.boxes, piece_bytes)))
     packer = _Packer(capacity_bytes=bucket_bytes // align_bytes * align_bytes, align_bytes=align_bytes)
     for index in _in_group_order(needs):

@@ -7,7 +7,13 @@ from enum import Enum
 
 
 class DType(Enum):
-    """A safetensors element type; the value is its name in the file header."""
+    """A safetensors element type; the value is its name in the file header.
+
+    Attributes:
+        itemsize: bytes of one element.
+    """
+
+    itemsize: int
 
     BOOL = "BOOL"
     U8 = "U8"
@@ -27,10 +33,8 @@ class DType(Enum):
     F64 = "F64"
     C64 = "C64"
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return _ITEMSIZE[self]
+    # Members are singletons. Enum's own hash is a Python function, and planning looks types up a hundred thousand times.
+    __hash__ = object.__hash__
 
     @property
     def torch_name(self) -> str:
@@ -66,6 +70,9 @@ _ITEMSIZE = {
     DType.F64: 8,
     DType.C64: 8,
 }
+
+for _dtype, _size in _ITEMSIZE.items():
+    _dtype.itemsize = _size
 
 _TORCH_NAME = {
     DType.BOOL: "bool",

@@ -1,7 +1,8 @@
-"""What one rank takes out of a plan, worked out before the clock runs and good for every update by the same plan.
+"""What one rank takes out of a plan: worked out once, and good for every update by the same plan.
 
 A rank that shares a bucket with others takes only the pieces that touch its own layout. With thousands of small tensors the
-time per piece decides: buckets and tensors are made once, and a view of the ring only where the plugin asks for it.
+time per piece decides: buckets and tensors are made once, and a view of the ring only where the plugin asks for it. In a
+first update a bucket is made while the rank waits for its bytes.
 """
 
 from __future__ import annotations
@@ -98,17 +99,19 @@ class Incoming:
         names: of its tensors.
     """
 
-    def __init__(self, plan: Plan, receiver: int, manifest: Manifest, layout: Layout) -> None:
+    def __init__(self, plan: Plan, manifest: Manifest, layout: Layout) -> None:
         self._places = [RingPlace() for _ in range(plan.agents)]
-        boxes: dict[int, list[Box | None]] = {}
+        self._manifest = manifest
+        self._boxes: dict[int, list[Box | None]] = {}
+        names = set()
         for entry in layout.entries:
-            boxes.setdefault(manifest.index_of(entry.tensor), []).append(entry.box)
-        self._buckets = {
-            step.index: _bucket(step, manifest, boxes, self._places[step.owner])
-            for step in plan.steps
-            if receiver in step.receivers
-        }
-        self.names = frozenset[str]().union(*(bucket.names for bucket in self._buckets.values()))
+            index, box = manifest.positions[entry.tensor], entry.box
+            self._boxes.setdefault(index, []).append(box)
+            # an empty slice of a tensor with elements is no need at all, and not sent
+            if box is None or 0 not in box.shape or 0 in manifest.tensors[index].shape:
+                names.add(entry.tensor)
+        self.names = frozenset(names)
+        self._buckets: dict[int, IncomingBucket] = {}
 
     def map(self, readers: Sequence[RingReader], ring_bytes: int) -> None:
         """The rings of this update are these."""
@@ -122,7 +125,9 @@ class Incoming:
 
     def of(self, step: Step) -> IncomingBucket:
         """What the rank takes of a step's bucket."""
-        return self._buckets[step.index]
+        if (bucket := self._buckets.get(step.index)) is None:
+            bucket = self._buckets[step.index] = _bucket(step, self._manifest, self._boxes, self._places[step.owner])
+        return bucket
 
 
 def _bucket(step: Step, manifest: Manifest, boxes: dict[int, list[Box | None]], place: RingPlace) -> IncomingBucket:
@@ -148,6 +153,7 @@ def _touches(piece: Piece, boxes: list[Box | None]) -> bool:
     return any(box is None or piece.box is None or not box.disjoint(piece.box) for box in boxes)
 
 
+@functools.lru_cache(maxsize=4096)  # models repeat a few shapes
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, stride = [], 1
     for length in reversed(shape):

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from ckpt_core.errors import CoverageError
 from ckpt_core.manifest import Manifest
 
@@ -43,8 +45,7 @@ class ByteRuns:
             yield self.first_offset_bytes + sum(map(int.__mul__, indexes, self.outer_strides_bytes))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Box:
+class Box(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """A rectangular part of a tensor: `start[d] <= index[d] < start[d] + shape[d]` in every dimension d."""
 
     start: tuple[int, ...]
@@ -192,8 +193,7 @@ def all_disjoint(boxes: Sequence[Box]) -> bool:
     return all(a.disjoint(b) for a, b in itertools.combinations(boxes, 2))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutEntry:
+class LayoutEntry(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """A slice that a rank needs.
 
     Attributes:

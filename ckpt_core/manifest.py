@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import msgspec
@@ -35,8 +35,7 @@ def content_digest(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorMeta:
+class TensorMeta(msgspec.Struct, frozen=True, kw_only=True):
     """One tensor of a checkpoint.
 
     Attributes:
@@ -54,7 +53,7 @@ class TensorMeta:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        if self.shape and (min(self.shape) < 0 or self.size_bytes > _MAX_TENSOR_BYTES):
+        if self.shape and not _is_sound(self.shape, self.dtype):
             raise ManifestError(
                 f"tensor {self.name!r:.200}: shape: expected >= 0 and at most {_MAX_TENSOR_BYTES} bytes, "
                 f"got {self.shape!s:.200}; make the manifest anew from the checkpoint"
@@ -73,6 +72,11 @@ class TensorMeta:
         return size_bytes(self.shape, self.dtype)
 
 
+@lru_cache(maxsize=4096)  # models repeat a few shapes a hundred thousand times
+def _is_sound(shape: tuple[int, ...], dtype: DType) -> bool:
+    return min(shape) >= 0 and size_bytes(shape, dtype) <= _MAX_TENSOR_BYTES
+
+
 # No slots: cached_property needs a __dict__. Only the declared field travels.
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -86,6 +90,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         names = [tensor.name for tensor in self.tensors]
+        if all(map(str.__lt__, names, names[1:])):
+            return
         for before, name in itertools.pairwise(names):
             if before >= name:
                 what = "it twice" if before == name else f"it after {before!r:.200}"
@@ -104,7 +110,7 @@ class Manifest:
         return manifest.with_digests(digests) if digests else manifest
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index
+        return name in self.positions
 
     def index_of(self, name: str) -> int:
         """Position of a tensor.
@@ -113,7 +119,7 @@ class Manifest:
             ManifestError: it is not in the checkpoint.
         """
         try:
-            return self._index[name]
+            return self.positions[name]
         except KeyError:
             raise ManifestError(
                 f"tensor {name!r:.200}: expected in the checkpoint, got {len(self.tensors)} others; "
@@ -121,13 +127,19 @@ class Manifest:
             ) from None
 
     @cached_property
-    def _index(self) -> dict[str, int]:
+    def positions(self) -> dict[str, int]:
+        """Position of each tensor, by name."""
         return {tensor.name: position for position, tensor in enumerate(self.tensors)}
+
+    @cached_property
+    def sizes_bytes(self) -> tuple[int, ...]:
+        """Bytes of each tensor."""
+        return tuple(tensor.size_bytes for tensor in self.tensors)
 
     @cached_property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.size_bytes for tensor in self.tensors)
+        return sum(self.sizes_bytes)
 
     @cached_property
     def structure_digest(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ckpt_core.device import DevicePart, HostBytes
 from ckpt_core.manifest import Manifest
@@ -19,35 +18,32 @@ from ckpt_core.wire import AgentStats
 Consume = Callable[[Step], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Outgoing:
-    """What one agent sends, looked up before the clock runs: its steps, and where their bytes are.
+    """What one agent sends: its steps, and where their bytes are, looked up once for all updates by that plan.
 
     Attributes:
         owner: the agent.
-        plan, layout_of_pool: what it was looked up from.
-        steps: in order of seq, each with (offset in its bucket, bytes in the pool).
+        steps: in order of seq.
     """
 
-    owner: int
-    plan: Plan
-    layout_of_pool: object
-    steps: tuple[tuple[Step, list[tuple[int, HostBytes | DevicePart]]], ...]
+    def __init__(self, plan: Plan, owner: int, pool: HostPool, manifest: Manifest) -> None:
+        self.owner = owner
+        self.steps = tuple(step for step in plan.steps if step.owner == owner)
+        self._plan = plan
+        self._pool = pool
+        self._layout_of_pool = pool.layout
+        self._manifest = manifest
+        self._parts: dict[int, list[tuple[int, HostBytes | DevicePart]]] = {}
 
-    @classmethod
-    def of(cls, plan: Plan, owner: int, pool: HostPool, manifest: Manifest) -> Outgoing:
-        """The part of a plan that this agent sends."""
-        mine = (step for step in plan.steps if step.owner == owner)
-        return cls(
-            owner=owner,
-            plan=plan,
-            layout_of_pool=pool.layout,
-            steps=tuple((step, pool.parts(manifest, step.bucket)) for step in mine),
-        )
+    def parts(self, step: Step) -> list[tuple[int, HostBytes | DevicePart]]:
+        """Offset in the step's bucket, and bytes in the pool."""
+        if (parts := self._parts.get(step.index)) is None:
+            parts = self._parts[step.index] = self._pool.parts(self._manifest, step.bucket)
+        return parts
 
-    def holds(self, plan: Plan, pool: HostPool) -> bool:
-        """Whether it is what `of` would give again."""
-        return self.plan is plan and self.layout_of_pool is pool.layout
+    def holds(self, plan: Plan) -> bool:
+        """Whether it is still what this plan and the pool say."""
+        return self._plan is plan and self._layout_of_pool is self._pool.layout
 
 
 def send(outgoing: Outgoing, *, writer: RingWriter, poller: Poller, spans: SpanRecorder | None = None) -> AgentStats:
@@ -62,7 +58,8 @@ def _send(outgoing: Outgoing, writer: RingWriter, poller: Poller, spans: SpanRec
     start = time.perf_counter()
     copy_s = 0.0
     who = f"agent {outgoing.owner}"
-    for step, parts in outgoing.steps:
+    for step in outgoing.steps:
+        parts = outgoing.parts(step)
         asked = time.perf_counter()
         poller.until(
             lambda after=step.free_after_seq: _advance(writer) and writer.done() >= after,  # type: ignore[misc]
@@ -76,13 +73,13 @@ def _send(outgoing: Outgoing, writer: RingWriter, poller: Poller, spans: SpanRec
         spans.add(SpanStage.FILL, step.index, began, ended, step.bucket.size_bytes)
         writer.advance()
         poller.check_now_and_then(f"bucket {step.index} of {who}")
-    last = outgoing.steps[-1][0].seq if outgoing.steps else 0
+    last = outgoing.steps[-1].seq if outgoing.steps else 0
     with spans.timed(SpanStage.WAIT_READ):
         poller.until(
             lambda: writer.advance() >= last and writer.done() >= last, f"the ranks to read {who}'s last bucket"
         )
     return AgentStats(
-        sent_bytes=sum(step.bucket.size_bytes for step, _ in outgoing.steps),
+        sent_bytes=sum(step.bucket.size_bytes for step in outgoing.steps),
         copy_s=copy_s,
         wait_s=poller.waited_s,
         total_s=time.perf_counter() - start,
@@ -109,17 +106,28 @@ def receive(
     consume: Consume,
     poller: Poller,
     spans: SpanRecorder | None = None,
+    expect: Consume = lambda _step: None,
 ) -> None:
-    """Take the buckets of all owners in the plan's order; `consume` those meant for this receiver, pass over the others."""
-    _receive(plan, receiver, readers, consume, poller, spans or Unrecorded())
+    """Take the buckets of all owners in the plan's order; `consume` those meant for this receiver, pass over the others.
+
+    `expect` is told of each before its bytes are waited for.
+    """
+    _receive(plan, receiver, readers, expect, consume, poller, spans or Unrecorded())
 
 
 def _receive(  # noqa: PLR0917
-    plan: Plan, receiver: int, readers: Sequence[RingReader], consume: Consume, poller: Poller, spans: SpanRecorder
+    plan: Plan,
+    receiver: int,
+    readers: Sequence[RingReader],
+    expect: Consume,
+    consume: Consume,
+    poller: Poller,
+    spans: SpanRecorder,
 ) -> None:
     for step in plan.steps:
         reader = readers[step.owner]
         if receiver in step.receivers:
+            expect(step)
             asked = time.perf_counter()
             poller.until(
                 lambda reader=reader, seq=step.seq: _drain(readers) and reader.published() >= seq,  # type: ignore[misc]

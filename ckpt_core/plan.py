@@ -23,8 +23,7 @@ from ckpt_core.layout import Box, Layout, box_of, covers
 from ckpt_core.manifest import Manifest, TensorMeta
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """One bucket on its way.
 
     Attributes:
@@ -250,19 +249,21 @@ def _check_ring(plan: Plan, step: Step, writers: LastWriters) -> None:
 def _check_pieces(step: Step, manifest: Manifest, sent: dict[int, list[tuple[int, int]]]) -> None:
     """Pieces must lie in the bucket without overlap, and be what they say of the checkpoint."""
     end = 0
+    tensors, sizes = manifest.tensors, manifest.sizes_bytes
+    # Ranks check plans while their engine stands still: no calls that a look-up can save.
     for piece in step.bucket.pieces:
-        where = f"step {step.index}: piece of tensor {piece.tensor}"
-        if not 0 <= piece.tensor < len(manifest.tensors):
-            _refuse(where, f"an index below {len(manifest.tensors)}", piece.tensor)
-        tensor = manifest.tensors[piece.tensor]
-        first, size_bytes = _span(piece, tensor)
-        if piece.size_bytes != size_bytes or (size_bytes == 0 and tensor.size_bytes):
-            expected = f"a part of {tensor.dtype.value} {list(tensor.shape)} that is contiguous"
-            _refuse(where, expected, f"{piece.box}, {piece.size_bytes} bytes")
-        if piece.offset_bytes < end or piece.offset_bytes % tensor.dtype.itemsize:
-            _refuse(f"{where}: offset", f"at least {end}, aligned", piece.offset_bytes)
-        end = piece.offset_bytes + size_bytes
-        sent.setdefault(piece.tensor, []).append((first, first + size_bytes))
+        index, offset, size = piece.tensor, piece.offset_bytes, piece.size_bytes
+        if not 0 <= index < len(tensors):
+            _refuse(f"step {step.index}: piece of tensor {index}", f"an index below {len(tensors)}", index)
+        whole = sizes[index]
+        if piece.box is None:
+            first, expected_size = 0, whole
+        else:
+            first, expected_size = _box_span(piece.box, tensors[index].shape, tensors[index].dtype.itemsize)
+        if size != expected_size or (not size and whole) or offset < end or offset % tensors[index].dtype.itemsize:
+            _refuse_piece(step, piece, tensors[index], end)
+        end = offset + size
+        sent.setdefault(index, []).append((first, first + size))
     if end > step.bucket.size_bytes:
         _refuse(
             f"step {step.index}: bucket size",
@@ -271,14 +272,15 @@ def _check_pieces(step: Step, manifest: Manifest, sent: dict[int, list[tuple[int
         )
 
 
-def _span(piece: Piece, tensor: TensorMeta) -> tuple[int, int]:
-    """First byte in the tensor, and size; a size of -1 where it is no contiguous part of the tensor."""
-    if piece.box is None:
-        return 0, tensor.size_bytes
-    return _box_span(piece.box, tensor.shape, tensor.dtype.itemsize)
+def _refuse_piece(step: Step, piece: Piece, tensor: TensorMeta, end: int) -> NoReturn:
+    where = f"step {step.index}: piece of tensor {piece.tensor}"
+    if piece.offset_bytes < end or piece.offset_bytes % tensor.dtype.itemsize:
+        _refuse(f"{where}: offset", f"at least {end}, aligned", piece.offset_bytes)
+    expected = f"a part of {tensor.dtype.value} {list(tensor.shape)} that is contiguous"
+    _refuse(where, expected, f"{piece.box}, {piece.size_bytes} bytes")
 
 
-# Models repeat a few shapes, and so do the pieces cut from them.
+# Models repeat a few shapes, and so do the pieces cut from them. A size of -1: no contiguous part of the tensor.
 @lru_cache(maxsize=4096)
 def _box_span(box: Box, shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     if not box.fits(shape):
@@ -289,6 +291,8 @@ def _box_span(box: Box, shape: tuple[int, ...], itemsize: int) -> tuple[int, int
 
 def _check_sent_once(manifest: Manifest, sent: dict[int, list[tuple[int, int]]]) -> None:
     for index, spans in sent.items():
+        if len(spans) == 1:
+            continue
         spans.sort()
         for before, span in itertools.pairwise(spans):
             if span[0] < before[1] or span == before:
@@ -300,19 +304,25 @@ def _check_arrivals(plan: Plan, manifest: Manifest, receiver: int, layout: Layou
     if not 0 <= receiver < plan.receivers:
         _refuse("receiver", f"0 to {plan.receivers - 1}", receiver)
     arrivals: dict[int, list[Box]] = {}
+    whole: set[int] = set()
     for step in plan.steps:
         if receiver in step.receivers:
             for piece in step.bucket.pieces:
-                box = piece.box or Box.whole(manifest.tensors[piece.tensor].shape)
-                arrivals.setdefault(piece.tensor, []).append(box)
+                if piece.box is None:
+                    whole.add(piece.tensor)
+                else:
+                    arrivals.setdefault(piece.tensor, []).append(piece.box)
     covered = cache(covers)
+    fits = cache(Box.fits)
+    positions, tensors = manifest.positions, manifest.tensors
     for entry in layout.entries:
-        index = manifest.index_of(entry.tensor)
-        tensor = manifest.tensors[index]
+        index = positions.get(entry.tensor, -1)
+        if index in whole and (entry.box is None or fits(entry.box, tensors[index].shape)):
+            continue
+        tensor = tensors[manifest.index_of(entry.tensor)]
         needed = box_of(entry, tensor.shape)
         parts = tuple(arrivals.get(index, ()))
-        arrived = bool(parts or tensor.size_bytes)
-        if not arrived or not covered(parts, needed):
+        if not (parts or manifest.sizes_bytes[index]) or not covered(parts, needed):
             got = f"{len(parts)} pieces without it"
             _refuse(f"tensor {entry.tensor!r:.200} for receiver {receiver}", str(needed), got)
 

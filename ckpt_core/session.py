@@ -14,13 +14,12 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from enum import Enum
 
 import msgspec
 
 from ckpt_core import wire
 from ckpt_core.agents import AgentGroup
-from ckpt_core.agreement import Agreement, KnownPlan, Terms, rank_keys, version_digest
+from ckpt_core.agreement import Agreement, KnownPlan, Terms, open_rings, rank_keys, version_digest
 from ckpt_core.config import UpdateConfig
 from ckpt_core.contract import Rendezvous
 from ckpt_core.conversation import Conversation
@@ -32,47 +31,13 @@ from ckpt_core.outcomes import SAYS, outcomes_by_endpoint, worst
 from ckpt_core.plan import Plan
 from ckpt_core.report import controller_tracks, rank_report
 from ckpt_core.source import SourceIndex
+from ckpt_core.states import NEXT, SessionState
 from ckpt_core.trace import Track
 from ckpt_core.uncollected import uncollected
 
 _log = logging.getLogger(__name__)
 _UNDO_TIMEOUT_S = 30.0
 OnProgress = Callable[[Stage, int, int], None]
-
-
-class SessionState(Enum):
-    """Where an attempt stands."""
-
-    IDLE = "idle"
-    PLANNED = "planned"
-    PAUSED = "paused"
-    ATTACHED = "attached"
-    LOADING = "loading"
-    VERIFYING = "verifying"
-    COMMITTED = "committed"
-    CLEAN = "clean"
-    RESTORED = "restored"
-    POISONED = "poisoned"
-
-
-_NEXT = {
-    SessionState.IDLE: {SessionState.PLANNED},
-    SessionState.PLANNED: {SessionState.PAUSED, SessionState.CLEAN},
-    SessionState.PAUSED: {SessionState.ATTACHED, SessionState.CLEAN},
-    SessionState.ATTACHED: {SessionState.LOADING, SessionState.CLEAN},
-    SessionState.LOADING: {
-        SessionState.VERIFYING,
-        SessionState.CLEAN,
-        SessionState.RESTORED,
-        SessionState.POISONED,
-    },
-    SessionState.VERIFYING: {
-        SessionState.COMMITTED,
-        SessionState.CLEAN,
-        SessionState.RESTORED,
-        SessionState.POISONED,
-    },
-}
 
 
 class Session:
@@ -124,6 +89,7 @@ class Session:
         self._committed: dict[bytes, wire.Committed] = {}
         self._sent: dict[bytes, wire.Sent] = {}
         self._in_flight: int | None = None
+        self._rings: tuple[wire.RingOffer, ...] = ()
 
     def run(self) -> UpdateReport:
         """The whole way.
@@ -133,6 +99,7 @@ class Session:
             UpdateAborted: anything later; says what the engines hold now.
         """
         manifest = self._prepare()
+        self._rings = self._open_rings(manifest)
         self._move(SessionState.PLANNED)
         with uncollected():
             plan = self._move_engines(manifest)
@@ -160,9 +127,25 @@ class Session:
             self._pool = self._agents.prepare(
                 self._index, digest=self._config.digest_content, timeout_s=self._config.prepare_timeout_s
             )
-            manifest = Manifest.from_index(self._index, self._pool.digests)
+            self._structure = Manifest.from_index(self._index)
+            manifest = self._structure.with_digests(self._pool.digests)
         self._version = self._version or version_digest(manifest).removeprefix("structure-")[:12]
         return manifest
+
+    def _open_rings(self, manifest: Manifest) -> tuple[wire.RingOffer, ...]:
+        """Before the pause: a device's memory is asked for while engines still serve."""
+        size_bytes, _ = self._config.ring_for(self._fleet.device_kind())
+        if self._known_plan is not None and self._known_plan.plan.structure_digest == manifest.structure_digest:
+            size_bytes = self._known_plan.plan.ring_bytes
+        receivers = sum(member.world_size for member in self._fleet.members)
+        with self._watch.stage(Stage.PREPARE):
+            try:
+                return open_rings(
+                    self._agents, size_bytes=size_bytes, receivers=receivers, timeout_s=self._config.attach_timeout_s
+                )
+            except BaseException:
+                self._give_back()
+                raise
 
     def _pause(self) -> None:
         self._paused_at = time.perf_counter()
@@ -206,14 +189,16 @@ class Session:
             update_id=self.update_id,
             version=self._version,
             manifest=manifest,
+            structure=self._structure,
             config=self._config,
             device_kind=self._fleet.device_kind(),
         )
-        agreement = Agreement(self._talk, self._agents, self._hellos, terms, name=self._name)
-        if self._known_plan is not None and self._known_plan.fits(manifest, self._hellos):
+        agreement = Agreement(self._talk, self._agents, self._rings, self._hellos, terms, name=self._name)
+        known = self._known_plan
+        if known is not None and known.fits(manifest, self._hellos, self._rings):
             with self._watch.stage(Stage.PLAN):
-                agreement.agree_on_known(self._known_plan.plan)
-            return self._known_plan.plan
+                agreement.agree_on_known(known.plan)
+            return known.plan
         with self._watch.stage(Stage.LAYOUT):
             layouts = agreement.ask_layouts()
         with self._watch.stage(Stage.PLAN):
@@ -350,7 +335,7 @@ class Session:
         return f"rank {hello.rank.rank} of {self._fleet.members[hello.endpoint_index].endpoint}"
 
     def _move(self, state: SessionState) -> None:
-        assert state in _NEXT[self.state], f"no way from {self.state} to {state}"
+        assert state in NEXT[self.state], f"no way from {self.state} to {state}"
         self.state = state
 
     def _report(self, manifest: Manifest, plan: Plan) -> UpdateReport:

@@ -52,6 +52,20 @@ class RingOffer(msgspec.Struct, frozen=True, kw_only=True):
     control_path: str
 
 
+class RingSet(msgspec.Struct, frozen=True, kw_only=True):
+    """The rings of all agents, as offered to one rank.
+
+    Attributes:
+        offers: by agent.
+        receiver: the rank's place among their readers, which is its index in the plan.
+        receivers: how many readers there are.
+    """
+
+    offers: tuple[RingOffer, ...]
+    receiver: int
+    receivers: int
+
+
 class RankStats(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank did in an update. Seconds of wall time, bytes as they lie in the checkpoint."""
 
@@ -105,29 +119,23 @@ class Abort(Message, frozen=True, kw_only=True):
 
 # -- controller to ranks -------------------------------------------------------------------------------------------------
 class AskLayout(Message, frozen=True, kw_only=True):
-    """Which slices of this checkpoint do you need?"""
+    """Which slices of this checkpoint do you need? Answer, then map the rings: the plan is being made meanwhile."""
 
     manifest: Manifest
-
-
-class CheckPlan(Message, frozen=True, kw_only=True):
-    """Check this plan while agents open their rings for it; the offer follows. `receiver` is the rank's index in it."""
-
-    plan: Plan
-    receiver: int
+    rings: RingSet
 
 
 class OfferPlan(Message, frozen=True, kw_only=True):
-    """Map the rings, and say whether you agree to the plan that you know or were just sent.
+    """Map the rings where you have not, check the plan, and say whether you agree to it.
 
     Attributes:
-        digests: content of the checkpoint's tensors, in the order of its manifest.
-        receiver: the rank's index in the plan.
+        plan: None for the one that the rank knows from its last update.
+        digests: content of the checkpoint's tensors, in the order of its manifest; empty where none are to be compared.
     """
 
+    plan: Plan | None
     digests: tuple[str, ...]
-    rings: tuple[RingOffer, ...]
-    receiver: int
+    rings: RingSet
     update_id: str
     version: str
     digest: str
@@ -202,14 +210,20 @@ class Prepare(Message, frozen=True, kw_only=True):
 
 
 class OpenRing(Message, frozen=True, kw_only=True):
-    """Make a ring for this plan, which was made for this manifest; without them, for the ones of last time."""
+    """Make a ring of that size for that many readers. An earlier one stays until all are given back."""
+
+    size_bytes: int
+    receivers: int
+
+
+class TakePlan(Message, frozen=True, kw_only=True):
+    """Send by this plan, which must be for the checkpoint you prepared; None for the plan of last time."""
 
     plan: Plan | None
-    manifest: Manifest | None
 
 
 class Send(Message, frozen=True, kw_only=True):
-    """Send your buckets of the plan that the ring was opened for; with `trace`, record when each was copied."""
+    """Send your buckets of the plan that you took, through the last ring opened; with `trace`, record when each was copied."""
 
     timeout_s: float
     trace: bool = False
@@ -242,6 +256,10 @@ class RingOpened(Message, frozen=True, kw_only=True):
     offer: RingOffer
 
 
+class PlanTaken(Message, frozen=True, kw_only=True):
+    """Answer to TakePlan."""
+
+
 class Sent(Message, frozen=True, kw_only=True):
     """Every bucket was published and read."""
 
@@ -257,7 +275,6 @@ AnyMessage = (
     | Ping
     | Abort
     | AskLayout
-    | CheckPlan
     | OfferPlan
     | Begin
     | Commit
@@ -270,11 +287,13 @@ AnyMessage = (
     | Aborted
     | Prepare
     | OpenRing
+    | TakePlan
     | Send
     | Stop
     | AgentHello
     | Prepared
     | RingOpened
+    | PlanTaken
     | Sent
     | RingClosed
 )

@@ -129,6 +129,7 @@ class _Attachment:
         self._line = line
         self._info = info
         self._rendezvous = rendezvous
+        self._rings: wire.RingSet | None = None  # which are mapped
         self._readers: list[RingReader] = []
         self._incoming: Incoming | None = None
         self._update: Update | None = None  # set before begin is called: from then on weights may be touched
@@ -156,6 +157,7 @@ class _Attachment:
                 reader.close()
             except Exception:  # noqa: BLE001 the outcome is decided already
                 _log.exception("rank %d could not unmap a ring", self._info.rank)
+        self._readers = []
 
     def _agree(self) -> tuple[wire.OfferPlan, AgreedPlan]:
         """Up to the agreed plan: what may be refused, is refused here."""
@@ -172,32 +174,19 @@ class _Attachment:
         first = self._line.expect(wire.AskLayout, wire.OfferPlan)
         if isinstance(first, wire.AskLayout):
             layout = self._layout(first.manifest)
-            # more than one plan comes where a device has no room for the ring of the first
-            while isinstance(message := self._line.expect(wire.CheckPlan, wire.OfferPlan), wire.CheckPlan):
-                known = self._check(message, first.manifest, layout)
-            first = message
-        assert isinstance(first, wire.OfferPlan)
-        offer = first
+            self._map(first.rings)
+            offer = self._line.expect(wire.OfferPlan)
+            assert isinstance(offer, wire.OfferPlan)
+            known = self._check(offer, first.manifest, layout)
+        else:
+            assert isinstance(first, wire.OfferPlan)
+            offer = first
         if known is None:
             raise PlanError(
                 "the controller offers a plan that this rank does not know; install the same ckpt-core on both"
             )
         self._phase = "plan"
-        if len(offer.rings) != known.plan.agents or offer.receiver != known.receiver:
-            raise PlanError(
-                f"the plan is for {known.plan.agents} agents and has this rank as number {known.receiver}; the offer has "
-                f"{len(offer.rings)} rings and number {offer.receiver}"
-            )
-        for ring in offer.rings:
-            reader = IpcRingReader(
-                ring,
-                receiver=offer.receiver,
-                receivers=known.plan.receivers,
-                device_index=self._info.device_index,
-            )
-            self._readers.append(reader)
-        self._incoming = known.incoming
-        self._incoming.map(self._readers, known.plan.ring_bytes)
+        self._take_rings(offer.rings, known)
         self._line.send(wire.PlanAgreed(digest=known.plan.digest))
         return offer, known
 
@@ -207,13 +196,43 @@ class _Attachment:
         self._line.send(wire.LayoutReply(layout=layout))
         return layout
 
-    def _check(self, asked: wire.CheckPlan, manifest: Manifest, layout: Layout) -> AgreedPlan:
+    def _check(self, offer: wire.OfferPlan, manifest: Manifest, layout: Layout) -> AgreedPlan | None:
         self._phase = "plan"
-        plan, receiver = asked.plan, asked.receiver
+        plan, receiver = offer.plan, offer.rings.receiver
+        if plan is None:
+            return None
         if not 0 <= receiver < plan.receivers:
             raise PlanError(f"the plan is for {plan.receivers} ranks, this one is to be number {receiver}")
         check_plan(plan, manifest, {receiver: layout})
-        return AgreedPlan(plan=plan, receiver=receiver, incoming=Incoming(plan, receiver, manifest, layout))
+        return AgreedPlan(plan=plan, receiver=receiver, incoming=Incoming(plan, manifest, layout))
+
+    def _take_rings(self, rings: wire.RingSet, agreed: AgreedPlan) -> None:
+        plan = agreed.plan
+        expected = (plan.agents, agreed.receiver, plan.receivers)
+        if (got := (len(rings.offers), rings.receiver, rings.receivers)) != expected:
+            raise PlanError(f"agents, this rank's number, ranks: the plan has {expected}, the offered rings {got}")
+        if small := [offer for offer in rings.offers if offer.size_bytes < plan.ring_bytes]:
+            raise PlanError(
+                f"the plan needs rings of {plan.ring_bytes} bytes, agent {small[0].owner} offers {small[0]}"
+            )
+        self._map(rings)
+        self._incoming = agreed.incoming
+        self._incoming.map(self._readers, plan.ring_bytes)
+
+    def _map(self, rings: wire.RingSet) -> None:
+        if rings == self._rings:
+            return
+        self._unmap()
+        self._rings = rings
+        for offer in rings.offers:
+            self._readers.append(
+                IpcRingReader(
+                    offer,
+                    receiver=rings.receiver,
+                    receivers=rings.receivers,
+                    device_index=self._info.device_index,
+                )
+            )
 
     def _load(self, offer: wire.OfferPlan, agreed: AgreedPlan) -> None:
         self._line.expect(wire.Begin)
@@ -277,7 +296,15 @@ class _Attachment:
             deadline=time.monotonic() + timeout_s,
             expired=lambda what: TransferTimeout(f"rank {self._info.rank} waited {timeout_s:g} s for {what}"),
         )
-        receive(plan, offer.receiver, readers=self._readers, consume=applier.consume, poller=poller, spans=spans)
+        receive(
+            plan,
+            offer.rings.receiver,
+            readers=self._readers,
+            expect=applier.expect,
+            consume=applier.consume,
+            poller=poller,
+            spans=spans,
+        )
         return poller.waited_s
 
     def _fingerprint(self, *, wanted: bool) -> tuple[str, float]:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -61,6 +60,13 @@ class Job(msgspec.Struct, kw_only=True):
     # for a rank of its own process
     receiver: int = 0
     offers: list[RingOffer] = []
+
+
+class OwnPart(Outgoing):
+    """Bytes of those steps only that this host is the source of."""
+
+    def parts(self, step):
+        return super().parts(step) if self.mine(step) else []
 
 
 def checkpoint(shape_seed, content_seed):
@@ -204,11 +210,9 @@ class Host:
             if self.device.name != "cpu":
                 torch.cuda.set_device(job.host)
                 torch.cuda.synchronize()  # makes the context current in this thread
-            everything = Outgoing.of(plan, lane, pool, manifest)
-            steps = tuple(
-                (step, parts if schedules[lane].is_from(job.host, step) else []) for step, parts in everything.steps
-            )
-            send(replace(everything, steps=steps), writer=writers[lane], poller=poller(check))
+            outgoing = OwnPart(plan, lane, pool, manifest)
+            outgoing.mine = lambda step: schedules[lane].is_from(job.host, step)
+            send(outgoing, writer=writers[lane], poller=poller(check))
 
         def rank(receiver):
             offers = [writer.offer() for writer in writers]

@@ -2,13 +2,13 @@
 
 import json
 import struct
-from dataclasses import replace
 
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 

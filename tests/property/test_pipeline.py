@@ -95,7 +95,7 @@ def transfer(plan, manifest, pool, holds):
     def agent(owner):
         faults = Faults(hold={seq: Gate(looks) for seq, looks in holds.items()})
         writer = LocalRingWriter(rings[owner], faults)
-        send(Outgoing.of(plan, owner, pool, manifest), writer=writer, poller=poller())
+        send(Outgoing(plan, owner, pool, manifest), writer=writer, poller=poller())
 
     def rank(receiver):
         readers = [LocalRingReader(ring, receiver=receiver) for ring in rings]

@@ -258,7 +258,7 @@ def test_the_simulation_sees_a_ring_that_does_not_wait():
     manifest = Manifest(tensors=tuple(TensorMeta(name=f"t{i}", dtype=DType.U8, shape=(1000,)) for i in range(9)))
     layout = Layout(entries=tuple(LayoutEntry(tensor=tensor.name) for tensor in manifest.tensors))
     plan = make_plan(manifest, [layout] * 2, agents=1, ring_bytes=2048, bucket_bytes=1024)
-    hasty = replace(plan, steps=tuple(replace(step, free_after_seq=0) for step in plan.steps))
+    hasty = replace(plan, steps=tuple(msgspec.structs.replace(step, free_after_seq=0) for step in plan.steps))
     with pytest.raises(PlanError, match="free_after_seq"):
         check_plan(hasty, manifest)
     caught = 0

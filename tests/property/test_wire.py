@@ -20,8 +20,8 @@ PLAN = make_plan(MANIFEST, [whole_layout(MANIFEST)], agents=1, ring_bytes=1024, 
 FRAMES = tuple(
     wire.encode(body, token="t", seq=1)
     for body in (
-        wire.OpenRing(plan=PLAN, manifest=MANIFEST),
-        wire.AskLayout(manifest=MANIFEST),
+        wire.TakePlan(plan=PLAN),
+        wire.AskLayout(manifest=MANIFEST, rings=wire.RingSet(offers=(), receiver=0, receivers=1)),
         wire.LayoutReply(layout=whole_layout(MANIFEST)),
         wire.Failure(error="PlanError", message="no", phase="plan"),
         wire.Ping(),

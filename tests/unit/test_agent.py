@@ -66,7 +66,9 @@ def open_rings(group, index, ring_bytes):
     manifest = Manifest.from_index(index, pool.digests)
     layouts = [whole_layout(manifest)] * 3
     plan = make_plan(manifest, layouts, agents=len(group.peers), ring_bytes=ring_bytes, bucket_bytes=4096)
-    return group.open_rings(plan, manifest, timeout_s=WAIT_S)
+    offers = group.open_rings(plan.ring_bytes, plan.receivers, timeout_s=WAIT_S)
+    group.tell_plan(plan)
+    return offers
 
 
 def test_agents_share_the_digests(group_of, index):
@@ -82,7 +84,7 @@ def test_rings_are_made_anew_and_given_back(group_of, index, tmp_path):
         assert all(Path(offer.handle).stat().st_size == ring_bytes for offer in offers)
     group.close_rings(timeout_s=WAIT_S)
     group.close_rings(timeout_s=WAIT_S)
-    assert list((tmp_path / "memory").rglob("*-[01]")) == []
+    assert list((tmp_path / "memory").rglob("*-[01]-*")) == []
 
 
 def test_stop_leaves_no_process_and_no_memory(group_of, index, tmp_path):

@@ -56,7 +56,7 @@ def apply(tmp_path):
         plan = make_plan(
             manifest, [layout or whole_layout(manifest)], agents=1, ring_bytes=1 << 16, bucket_bytes=bucket_bytes
         )
-        incoming = Incoming(plan, 0, manifest, layout or whole_layout(manifest))
+        incoming = Incoming(plan, manifest, layout or whole_layout(manifest))
         digests = [tensor.digest for tensor in manifest.tensors] if digest else None
         applier = Applier(plugin, "worker", UPDATE, incoming, digests)
         ring = LocalRing(owner=0, receivers=1, ring_bytes=plan.ring_bytes)

@@ -65,6 +65,7 @@ LINE = (
     "outcomes",
     "fleet",
     "report",
+    "states",
     "session",
     "api",
     "render",

@@ -101,7 +101,7 @@ class Transfer:
 
     def _send(self, owner):
         writer = LocalRingWriter(self.rings[owner], self.faults.get(owner))
-        outgoing = Outgoing.of(self.plan, owner, self.pool, self.manifest)
+        outgoing = Outgoing(self.plan, owner, self.pool, self.manifest)
         self.stats[owner] = send(outgoing, writer=writer, poller=self._poller())
 
     def _receive(self, receiver):
@@ -210,7 +210,7 @@ def test_a_rank_that_never_reads_stops_the_agent_until_its_deadline(checkpoint):
     writer = LocalRingWriter(LocalRing(owner=0, receivers=1, ring_bytes=plan.ring_bytes))
     poller = Poller(check=lambda: None, deadline=time.monotonic() + SHORT_S, expired=TransferTimeout)
     with pytest.raises(TransferTimeout, match="room in the ring of agent 0 for bucket 1"):
-        send(Outgoing.of(plan, 0, pool, manifest), writer=writer, poller=poller)
+        send(Outgoing(plan, 0, pool, manifest), writer=writer, poller=poller)
     assert writer.done() == 0
 
 
@@ -220,7 +220,7 @@ def test_an_agent_waits_for_the_last_bucket_to_be_read(checkpoint):
     writer = LocalRingWriter(LocalRing(owner=0, receivers=1, ring_bytes=plan.ring_bytes))
     poller = Poller(check=lambda: None, deadline=time.monotonic() + SHORT_S, expired=TransferTimeout)
     with pytest.raises(TransferTimeout, match="the ranks to read agent 0's last bucket"):
-        send(Outgoing.of(plan, 0, pool, manifest), writer=writer, poller=poller)
+        send(Outgoing(plan, 0, pool, manifest), writer=writer, poller=poller)
 
 
 def test_a_bucket_that_is_never_published_ends_by_the_deadline_on_both_sides(checkpoint):
@@ -277,7 +277,7 @@ def test_an_abort_stops_a_busy_agent_in_the_middle(checkpoint):
 
     with pytest.raises(TransportError, match="aborted"):
         send(
-            Outgoing.of(plan, 0, pool, manifest),
+            Outgoing(plan, 0, pool, manifest),
             writer=LocalRingWriter(ring),
             poller=Poller(check=abort, deadline=time.monotonic() + LONG_S, expired=TransferTimeout),
         )

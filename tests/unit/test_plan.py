@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from msgspec.structs import replace as altered
 
 from ckpt_core.assign import assign_owners
 from ckpt_core.bucket import Bucket
@@ -146,15 +147,15 @@ def good_plan():
 def with_step(index, **fields):
     plan = good_plan()
     steps = list(plan.steps)
-    steps[index] = replace(steps[index], **fields)
+    steps[index] = altered(steps[index], **fields)
     return replace(plan, steps=tuple(steps))
 
 
 def with_piece(index, number, **fields):
     bucket = good_plan().steps[index].bucket
     pieces = list(bucket.pieces)
-    pieces[number] = replace(pieces[number], **fields)
-    return with_step(index, bucket=replace(bucket, pieces=tuple(pieces)))
+    pieces[number] = altered(pieces[number], **fields)
+    return with_step(index, bucket=altered(bucket, pieces=tuple(pieces)))
 
 
 def test_a_good_plan_passes():
@@ -202,8 +203,8 @@ def test_a_part_that_is_not_contiguous_is_refused():
     given = Manifest(tensors=(TensorMeta(name="a", dtype=DType.U8, shape=(8, 8)),))
     plan = plan_of(given, [tensors("a")])
     (step,) = plan.steps
-    piece = replace(step.bucket.pieces[0], box=Box(start=(0, 0), shape=(8, 4)), size_bytes=32)
-    bad = replace(plan, steps=(replace(step, bucket=replace(step.bucket, pieces=(piece,))),))
+    piece = altered(step.bucket.pieces[0], box=Box(start=(0, 0), shape=(8, 4)), size_bytes=32)
+    bad = replace(plan, steps=(altered(step, bucket=altered(step.bucket, pieces=(piece,))),))
     with pytest.raises(PlanError, match="contiguous"):
         check_plan(bad, given)
 
@@ -226,6 +227,6 @@ def test_an_empty_tensor_sent_twice_is_found():
     given = manifest(0)
     plan = plan_of(given, [tensors("t00")])
     (step,) = plan.steps
-    twice = replace(step, bucket=replace(step.bucket, pieces=step.bucket.pieces * 2))
+    twice = altered(step, bucket=altered(step.bucket, pieces=step.bucket.pieces * 2))
     with pytest.raises(PlanError, match="every byte once"):
         check_plan(replace(plan, steps=(twice,)), given)

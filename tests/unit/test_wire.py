@@ -57,10 +57,11 @@ RANK_STATS = wire.RankStats(
     ignored=("lm_head.weight",),
 )
 AGENT_STATS = wire.AgentStats(sent_bytes=1, copy_s=0.1, wait_s=0.2, total_s=0.3)
+RINGS = wire.RingSet(offers=(RING, RING), receiver=1, receivers=2)
 OFFER = wire.OfferPlan(
+    plan=PLAN,
     digests=("0" * 32, "", ""),
-    rings=(RING, RING),
-    receiver=1,
+    rings=RINGS,
     update_id="u",
     version="v",
     digest="d",
@@ -72,8 +73,7 @@ SAMPLES = (
     wire.Failure(error="PlanError", message="no", phase="plan", traceback="Traceback"),
     wire.Ping(),
     wire.Abort(cause="because"),
-    wire.AskLayout(manifest=MANIFEST),
-    wire.CheckPlan(plan=PLAN, receiver=0),
+    wire.AskLayout(manifest=MANIFEST, rings=RINGS),
     OFFER,
     wire.Begin(),
     wire.Commit(version="v1", digest="00"),
@@ -85,12 +85,14 @@ SAMPLES = (
     wire.Committed(),
     wire.Aborted(outcome=AbortOutcome.RELOADABLE),
     wire.Prepare(index=INDEX, digest=("a",)),
-    wire.OpenRing(plan=PLAN, manifest=MANIFEST),
+    wire.OpenRing(size_bytes=1 << 20, receivers=3),
+    wire.TakePlan(plan=PLAN),
     wire.Send(timeout_s=1.5),
     wire.Stop(),
     wire.AgentHello(agent=0, process=PROCESS),
     wire.Prepared(digests={"a": "0" * 32}, digest_s=0.1, locked_bytes=8, lock_s=0.2),
     wire.RingOpened(offer=RING),
+    wire.PlanTaken(),
     wire.Sent(stats=AGENT_STATS),
     wire.RingClosed(),
 )
@@ -113,9 +115,11 @@ def test_every_message_survives_the_way(body):
 
 
 def test_digests_of_manifest_and_plan_survive_the_way():
-    sent = wire.encode(wire.OpenRing(plan=PLAN, manifest=MANIFEST), token="t", seq=1)
+    sent = wire.encode(wire.TakePlan(plan=PLAN), token="t", seq=1)
     body = wire.decode(sent, tokens=["t"], last_seq=0).body
     assert body.plan.digest == PLAN.digest
+    sent = wire.encode(wire.AskLayout(manifest=MANIFEST, rings=RINGS), token="t", seq=1)
+    body = wire.decode(sent, tokens=["t"], last_seq=0).body
     assert body.manifest.structure_digest == MANIFEST.structure_digest
 
 

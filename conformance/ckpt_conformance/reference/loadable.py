@@ -234,7 +234,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     from ckpt_core.dtypes import DType
 
     try:
-        return DType.from_torch_name(str(dtype)).value
+        return str(DType.from_torch_name(str(dtype)).value)
     except KeyError:
         return str(dtype)
 
