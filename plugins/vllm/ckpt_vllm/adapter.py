@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +28,7 @@ from ckpt_vllm.facts import EngineFacts
 from ckpt_vllm.layout import layout_of, trusted, unchecked
 from ckpt_vllm.loading import Choice, DirectLoader, Loader, ReloadLoader, Way, choose
 
+_one_engine_at_a_time = threading.RLock()  # vLLM's current configuration is a global of the process
 _log = logging.getLogger("vllm.ckpt")  # below vLLM's own logger, whose handler shows it
 
 
@@ -248,10 +251,9 @@ class CkptWorker:
             targets.append((draft, config.speculative_config.draft_model_config, draft_way))
         return targets
 
-    def _engine_context(self) -> Any:
-        from contextlib import ExitStack
-
+    def _engine_context(self) -> ExitStack:
         stack = ExitStack()
+        stack.enter_context(_one_engine_at_a_time)
         stack.enter_context(compat.on_device(self.worker.device))
         stack.enter_context(compat.current_config(self.worker))
         return stack

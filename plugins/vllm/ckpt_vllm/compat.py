@@ -403,3 +403,22 @@ def stage_test_of(model: Any) -> Any:
     from vllm.model_executor.models.utils import is_pp_missing_parameter
 
     return lambda name: is_pp_missing_parameter(name, model)
+
+
+# -- for several engines in one process, as the conformance harness has them ------------------------------------------
+def use_plain_products() -> None:
+    """From now on in this process, CPU linears multiply with their parameters: vLLM's fallback where it has no kernel."""
+    import torch
+    from vllm.model_executor.layers import utils
+
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch
+
+
+def forget_rotary_tables() -> None:
+    """vLLM shares the modules with rotary tables among all models of a process; the next model gets its own."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    rotary_embedding._ROPE_DICT.clear()

@@ -112,6 +112,7 @@ class VllmHarness(Harness):
 
     def close(self, worker: Any) -> None:
         """Idle again; engines are never shut down, see the module."""
+        worker.abort()
         kind, _ = self._engines[id(worker)]
         if worker not in self._fresh.values():
             self._idle.setdefault(kind, []).append(worker)
@@ -177,7 +178,6 @@ class VllmHarness(Harness):
 
     def _renew(self, worker: Any) -> None:
         """What the last user left behind is undone by the plugin, and no value of it survives."""
-        worker.abort()
         worker.set_poison(None)
         worker.version = ""
         engine = self._llm(worker).llm_engine
@@ -194,18 +194,19 @@ class VllmHarness(Harness):
         os.environ.update(_ENVIRONMENT)
         from vllm import LLM
 
-        with patch("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", _plain_products):
-            llm = LLM(
-                str(checkpoint),
-                load_format=load_format,
-                enforce_eager=True,
-                max_model_len=128,
-                distributed_executor_backend="uni",
-                kv_cache_memory_bytes=8 << 20,
-                disable_log_stats=True,
-                generation_config="vllm",
-                additional_config={"ckpt": {"way": self._way.value, **(options or {})}},
-            )
+        compat.use_plain_products()
+        compat.forget_rotary_tables()
+        llm = LLM(
+            str(checkpoint),
+            load_format=load_format,
+            enforce_eager=True,
+            max_model_len=128,
+            distributed_executor_backend="uni",
+            kv_cache_memory_bytes=8 << 20,
+            disable_log_stats=True,
+            generation_config="vllm",
+            additional_config={"ckpt": {"way": self._way.value, **(options or {})}},
+        )
         from ckpt_vllm.adapter import adapter_of
 
         worker = adapter_of(compat.worker_in_process(llm.llm_engine.engine_core.engine_core))
@@ -218,13 +219,6 @@ class VllmHarness(Harness):
         self._idle.setdefault(ModelKind.EXPERTS, []).append(
             self._start(checkpoint, ModelKind.EXPERTS, load_format="dummy")
         )
-
-
-def _plain_products(layer: Any, remove_weight: bool) -> None:
-    """vLLM's own fallback where a CPU has no kernel to pack for."""
-    import torch
-
-    layer.cpu_linear = torch.nn.functional.linear
 
 
 harness = VllmHarness()

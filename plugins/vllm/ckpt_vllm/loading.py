@@ -102,7 +102,10 @@ class ReloadLoader:
     def __init__(self, model: Any, model_config: Any) -> None:
         self._model = model
         self._model_config = model_config
-        self._before = [(module, _tensors_of(module), compat.derived_of(module)) for module in model.modules()]
+        # a rotary table is shared by the draft model: what its bracket holds already is not ours to put back
+        held = {id(module) for module, _ in compat.pending_modules(model)}
+        own = [module for module in model.modules() if id(module) not in held]
+        self._before = [(module, _tensors_of(module), compat.derived_of(module)) for module in own]
         self.touched = False
         self.retained_bytes = 0
         compat.begin_reload(model)
