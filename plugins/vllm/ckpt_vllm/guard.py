@@ -174,8 +174,13 @@ def _last_line(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def execute_model(worker: Any, *args: Any, **kwargs: Any) -> Any:
         adapter = compat.adapter_on(worker)
-        if adapter is not None and adapter.poison:
+        if adapter is not None and adapter.poison and _has_tokens(*args, **kwargs):
             raise EngineStateError(f"rank {worker.rank} produces no token: {adapter.poison}")
         return original(worker, *args, **kwargs)
 
     return execute_model
+
+
+def _has_tokens(scheduler_output: Any, *_args: Any, **_kwargs: Any) -> bool:
+    """Whether a step computes anything: a paused engine steps without tokens when a waiting request is given up."""
+    return bool(getattr(scheduler_output, "total_num_scheduled_tokens", 1))
