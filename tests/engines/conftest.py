@@ -38,6 +38,7 @@ _LAUNCHERS = {"vllm": ("ckpt_vllm.launch", "VllmServer"), "sglang": ("ckpt_sglan
 _CACHE = HERE.parents[1] / ".cache"
 _ORDER = ("test_updates", "test_streaming", "test_faults")
 _WAIT_S = 30.0
+_LOG_CHARS = 12000
 INSTALLED = [
     name for name in _LAUNCHERS if name in plugins.names() and plugins.load(name).info.engine_version is not None
 ]
@@ -53,6 +54,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.timeout(300))
     ordered = iter(sorted(mine, key=_place))
     items[:] = [next(ordered) if HERE in item.path.parents else item for item in items]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A failure comes with what the server wrote."""
+    report: pytest.TestReport = yield
+    fleet = getattr(item, "funcargs", {}).get("fleet")
+    if report.failed and fleet is not None and (log := fleet.log()):
+        report.sections.append(("the server's log ends", log[-_LOG_CHARS:]))
+    return report
 
 
 def _place(item: pytest.Item) -> tuple[int, int]:
@@ -120,6 +131,10 @@ class Fleet:
             self.close()
             self._current = self._start(case)
         return self._current
+
+    def log(self) -> str:
+        """What the running server wrote so far."""
+        return str(self._current.server.log()) if self._current is not None else ""
 
     def close(self) -> None:
         """End what runs."""
