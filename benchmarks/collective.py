@@ -12,6 +12,7 @@ clock that they share. Bits are checked after each case.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,9 @@ class Agent:
         if self._prepared is None or self._prepared[0] != (case, variant):
             plan = plan_of(case, self.manifest)
             schedule = self.schedule(plan, variant)
-            everything = Outgoing.of(plan, 0, self._pool, self.manifest)
-            host = self._control.host
-            steps = tuple((step, parts if schedule.is_from(host, step) else []) for step, parts in everything.steps)
-            self._prepared = (case, variant), (plan, schedule, replace(everything, steps=steps))
+            is_source = functools.partial(schedule.is_from, self._control.host)
+            outgoing = Outgoing(plan, 0, self._pool, self.manifest, is_source=is_source)
+            self._prepared = (case, variant), (plan, schedule, outgoing)
         return self._prepared[1]
 
     def wrong(self, case: Case) -> int:

@@ -21,24 +21,37 @@ Consume = Callable[[Step], None]
 class Outgoing:
     """What one agent sends: its steps, and where their bytes are, looked up once for all updates by that plan.
 
+    Args:
+        is_source: which steps' bytes come from this host's pool; those of the others arrive by a collective.
+
     Attributes:
         owner: the agent.
         steps: in order of seq.
     """
 
-    def __init__(self, plan: Plan, owner: int, pool: HostPool, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        owner: int,
+        pool: HostPool,
+        manifest: Manifest,
+        *,
+        is_source: Callable[[Step], bool] = lambda _step: True,
+    ) -> None:
         self.owner = owner
         self.steps = tuple(step for step in plan.steps if step.owner == owner)
         self._plan = plan
         self._pool = pool
         self._layout_of_pool = pool.layout
         self._manifest = manifest
+        self._is_source = is_source
         self._parts: dict[int, list[tuple[int, HostBytes | DevicePart]]] = {}
 
     def parts(self, step: Step) -> list[tuple[int, HostBytes | DevicePart]]:
         """Offset in the step's bucket, and bytes in the pool."""
         if (parts := self._parts.get(step.index)) is None:
-            parts = self._parts[step.index] = self._pool.parts(self._manifest, step.bucket)
+            parts = self._pool.parts(self._manifest, step.bucket) if self._is_source(step) else []
+            self._parts[step.index] = parts
         return parts
 
     def holds(self, plan: Plan) -> bool:

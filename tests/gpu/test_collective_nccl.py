@@ -48,5 +48,6 @@ def test_an_agent_that_falls_silent_in_a_broadcast_is_given_up_after_the_deadlin
         failed, closed = fleet.rest(0)
     kind, message = failed["errors"]["agent 0"]
     assert kind == "PeerLost"
-    assert "did not complete" in message
+    # a small broadcast is complete for its sender once NCCL has buffered it: then the next one is what nobody joins
+    assert "did not complete" in message or "hosts [1] were not ready" in message
     assert closed == {"closed": True}

@@ -7,6 +7,7 @@ On CPU agents and ranks are threads. Every host makes the same checkpoint and th
 buckets that the schedule gives it: what else is in its ring came from other hosts.
 """
 
+import functools
 import json
 import random
 import subprocess
@@ -60,13 +61,6 @@ class Job(msgspec.Struct, kw_only=True):
     # for a rank of its own process
     receiver: int = 0
     offers: list[RingOffer] = []
-
-
-class OwnPart(Outgoing):
-    """Bytes of those steps only that this host is the source of."""
-
-    def parts(self, step):
-        return super().parts(step) if self.mine(step) else []
 
 
 def checkpoint(shape_seed, content_seed):
@@ -210,9 +204,8 @@ class Host:
             if self.device.name != "cpu":
                 torch.cuda.set_device(job.host)
                 torch.cuda.synchronize()  # makes the context current in this thread
-            outgoing = OwnPart(plan, lane, pool, manifest)
-            outgoing.mine = lambda step: schedules[lane].is_from(job.host, step)
-            send(outgoing, writer=writers[lane], poller=poller(check))
+            is_source = functools.partial(schedules[lane].is_from, job.host)
+            send(Outgoing(plan, lane, pool, manifest, is_source=is_source), writer=writers[lane], poller=poller(check))
 
         def rank(receiver):
             offers = [writer.offer() for writer in writers]
