@@ -157,21 +157,19 @@ def retained_bytes(model: Any) -> int:
     return sum(sizes.values())
 
 
-def incomplete_modules(model: Any) -> list[tuple[str, int, int]]:
-    """Pending modules that lack elements: name, elements loaded and wanted.
+def incomplete_modules(model: Any) -> list[tuple[Any, str, int, int]]:
+    """Pending modules that lack elements: module, name, elements loaded and wanted.
 
-    Attention is complete without any; a vocabulary is padded; a head that is tied gets nothing of its own.
+    Attention is complete without any, and a vocabulary is padded.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    first_with: dict[int, Any] = {}
     found = []
     for module, info in pending_modules(model):
-        own = list(info.kernel_tensors[0].values()) if info.kernel_tensors is not None else []
-        shared = any(first_with.setdefault(id(parameter), module) is not module for parameter in own)
-        if not own or shared or is_attention(module) or (is_a(module, "VocabParallelEmbedding") and info.load_numel):
+        parameters = info.kernel_tensors[0] if info.kernel_tensors is not None else {}
+        if not parameters or is_attention(module) or (is_a(module, "VocabParallelEmbedding") and info.load_numel):
             continue
         if info.load_numel < info.load_numel_total:
-            found.append((names[id(module)], int(info.load_numel), int(info.load_numel_total)))
+            found.append((module, names[id(module)], int(info.load_numel), int(info.load_numel_total)))
     return found
 
 

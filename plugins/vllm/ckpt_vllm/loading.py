@@ -106,6 +106,7 @@ class ReloadLoader:
         held = {id(module) for module, _ in compat.pending_modules(model)}
         own = [module for module in model.modules() if id(module) not in held]
         self._before = [(module, _tensors_of(module), compat.derived_of(module)) for module in own]
+        self._tied = _tied_modules(model)
         self.touched = False
         self.retained_bytes = 0
         compat.begin_reload(model)
@@ -118,8 +119,9 @@ class ReloadLoader:
         self.retained_bytes = compat.retained_bytes(self._model)
 
     def incomplete(self) -> list[tuple[str, int, int]]:
-        """Modules that lack elements, with how many they got and want."""
-        return compat.incomplete_modules(self._model)
+        """Modules that lack elements, with how many they got and want. A tied one gets nothing of its own."""
+        found = compat.incomplete_modules(self._model)
+        return [(name, loaded, total) for module, name, loaded, total in found if id(module) not in self._tied]
 
     def finish(self) -> None:
         """Process the rest."""
@@ -143,6 +145,17 @@ class ReloadLoader:
 
 
 Loader = DirectLoader | ReloadLoader
+
+
+def _tied_modules(model: Any) -> set[int]:
+    """Ids of modules whose parameters are another's, which comes first."""
+    first_with: dict[int, int] = {}
+    tied = set()
+    for module in model.modules():
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if own and all(first_with.setdefault(id(parameter), id(module)) != id(module) for parameter in own):
+            tied.add(id(module))
+    return tied
 
 
 def _tensors_of(module: Any) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
