@@ -115,6 +115,11 @@ def record_version(scheduler: Any, version_: str) -> None:
     scheduler.record_weight_version_change(new_version=version_)
 
 
+def model_path(scheduler: Any) -> str:
+    """What the engine was started on."""
+    return str(scheduler.tp_worker.model_runner.model_config.model_path)
+
+
 def runners(scheduler: Any) -> list[tuple[str, Any]]:
     """Role and model runner of every model that has weights: the target first, then draft models."""
     found = list(scheduler.tp_worker.weight_update_runners())
@@ -179,6 +184,18 @@ def load_native(runner: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> Non
 
     with torch.no_grad(), set_default_torch_dtype(runner.model_config.dtype):
         runner.model.load_weights(weights)
+
+
+def model_without_data(runner: Any) -> torch.nn.Module:
+    """The runner's model once more, with all parameters on the meta device, of the shapes that are loaded."""
+    import torch
+    from sglang.srt.model_loader import loader
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
+
+    config = runner.model_config
+    quantisation = loader._get_quantization_config(config, runner.load_config)
+    with set_default_torch_dtype(config.dtype), torch.device("meta"):
+        return loader._initialize_model(config, runner.load_config, quantisation)
 
 
 def abort_output(scheduler: Any, request: Any, message: str, status_code: int) -> None:

@@ -23,6 +23,8 @@ from ckpt_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from ckpt_core.endpoint import Endpoint
+    from ckpt_core.layout import Layout
+    from ckpt_core.manifest import Manifest
     from ckpt_sglang.rank import SglangRank
 
 ENGINE = "sglang"
@@ -77,6 +79,12 @@ def ckpt_supports(worker: SglangRank) -> None:
     from ckpt_sglang.support import check_supported
 
     check_supported(worker)
+
+
+@hookimpl
+def ckpt_layout(worker: SglangRank, manifest: Manifest) -> Layout:
+    """Whole tensors that the loader takes, by a dry run of it; names, shapes and dtypes that do not fit."""
+    return worker.layout(manifest)
 
 
 @hookimpl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -20,10 +20,15 @@ from ckpt_core.contract import (
 )
 from ckpt_core.errors import CoverageError, EngineError, EngineStateError
 from ckpt_sglang import compat
+from ckpt_sglang.fit import Shape, fit, joined
 from ckpt_sglang.guard import Board, Gate, Guard
+from ckpt_sglang.held import Held
 
 if TYPE_CHECKING:
     import torch
+
+    from ckpt_core.layout import Layout
+    from ckpt_core.manifest import Manifest
 
 _INSTANCE_TIMEOUT = timedelta(seconds=120)
 _NAMES_SHOWN = 8
@@ -43,12 +48,14 @@ class Progress:
 
     Attributes:
         update: which.
+        held: tensors that wait for others.
         phase: how far.
         written: live parameters may have been written.
         arrived: names that came.
     """
 
     update: Update
+    held: Held
     phase: Phase = Phase.LOADING
     written: bool = False
     arrived: set[str] = field(default_factory=set)
@@ -72,6 +79,8 @@ class SglangRank:
             waiting=compat.waits_for_weights(),
         )
         self.gate = Gate(scheduler, self.guard.board.reason)
+        self._together: Mapping[str, frozenset[str]] = {}
+        self._clone: frozenset[str] = frozenset()
         self._progress: Progress | None = None
         self._last: tuple[str, AbortOutcome] | None = None
 
@@ -137,13 +146,32 @@ class SglangRank:
                 f"rank {self.rank}: /begin_weight_update was called and not ended; call /end_weight_update first"
             )
 
+    def layout(self, manifest: Manifest) -> Layout:
+        """What every model of this rank needs of a checkpoint, found without touching it.
+
+        Raises:
+            EngineStateError: a model cannot be loaded again while it runs.
+        """
+        shape = Shape(
+            tp_size=self.tp_size,
+            whole=self.pp_size == 1 and int(compat.parallel().moe_ep_size) == 1,
+            model_path=compat.model_path(self.scheduler),
+        )
+        fits = [
+            fit(compat.model_without_data(runner), runner.model, manifest, shape)
+            for _, runner in compat.runners(self.scheduler)
+        ]
+        self._together = {name: names for one in fits for name, names in one.together.items()}
+        self._clone = frozenset[str]().union(*(one.clone for one in fits))
+        return joined([one.layout for one in fits])
+
     # -- an update -------------------------------------------------------------------------------------------------
     def begin(self, update: Update) -> None:
         """Nothing is written yet: what quantisation packed is unpacked at the first bucket."""
         self.check_state()
         self.synchronise()  # with overlapped scheduling, or paused in place, a step may still run
         self._last = None
-        self._progress = Progress(update=update)
+        self._progress = Progress(update=update, held=Held(self._together, self._clone))
         self.guard.mark_updating(update.update_id)
 
     def load(self, update: Update, bucket: LoadBucket) -> LoadReport:
@@ -154,12 +182,13 @@ class SglangRank:
             for _, runner in compat.runners(self.scheduler):
                 compat.begin_native(runner)
         tensors = list(bucket.named_tensors())
-        for _, runner in compat.runners(self.scheduler):
-            compat.load_native(runner, iter(tensors))
-        self.synchronise()
         names = tuple(name for name, _ in tensors)
         progress.arrived.update(names)
-        return LoadReport(loaded=names)
+        for ready in progress.held.ready(tensors, progress.update.expected):
+            for _, runner in compat.runners(self.scheduler):
+                compat.load_native(runner, iter(ready))
+        self.synchronise()
+        return LoadReport(loaded=names, retained_bytes=progress.held.retained_bytes)
 
     def finish(self, update: Update) -> None:
         """Fixups and quantisation, each failure of which is a failure of the update."""
