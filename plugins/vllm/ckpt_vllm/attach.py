@@ -41,6 +41,14 @@ def attach(worker: Any, rendezvous: Mapping[str, Any], engine: Mapping[str, Any]
         return {"rank": -1, "outcome": "untouched", "error": f"{type(error).__name__}: {error}", "details": {}}
 
 
+def import_receiver() -> None:
+    """Load what an update will need."""
+    import ckpt_core.worker  # noqa: F401
+    from ckpt_core import plugins
+
+    plugins.load(ENGINE)
+
+
 def rank_status(worker: Any) -> dict[str, Any]:
     """Status of a rank, see `CkptWorker.status`. Never raises."""
     try:

@@ -20,7 +20,7 @@ from typing import Any
 from ckpt_core.errors import EngineStateError
 from ckpt_vllm import compat
 from ckpt_vllm.adapter import adapter_of
-from ckpt_vllm.attach import FACTS_KEY, arm_rank, attach, rank_status
+from ckpt_vllm.attach import FACTS_KEY, arm_rank, attach, import_receiver, rank_status
 from ckpt_vllm.digests import rank_digests
 from ckpt_vllm.facts import EngineFacts
 
@@ -162,6 +162,7 @@ def _bound(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_model(worker: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(worker, *args, **kwargs)
+        import_receiver()  # now, and not within the pause of the first update
         engine = getattr(worker, "weight_transfer_engine", None)
         if hasattr(engine, "ckpt_worker"):
             engine.ckpt_worker = worker
