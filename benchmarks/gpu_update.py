@@ -287,11 +287,17 @@ def main() -> None:
         if options.peer:
             peers[name] = run_peer(options.peer, model, int(layers), options.repeats, options.world)
         limits.append(measure_limit(options.world))
-    limit = max(limits)
-    print_results(results, peers, limit, console)
+        write_results(options, results, peers, limits)  # a run that is cut short keeps what it has
+    print_results(results, peers, max(limits), console)
+
+
+def write_results(
+    options: argparse.Namespace, results: list[Result], peers: dict[str, dict[str, Any]], limits: list[float]
+) -> None:
+    """All figures, as JSON."""
     data = {
         "machine": machine(options.world),
-        "limit_gb_s": limit,
+        "limit_gb_s": max(limits),
         "limits_gb_s": limits,
         "results": [asdict(result) for result in results],
         "peers": peers,
