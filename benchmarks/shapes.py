@@ -65,10 +65,11 @@ def _fixed(decoder: Decoder) -> Callable[[int], list[Shape]]:
     return lambda layers: list(decoder.tensors(layers))
 
 
-MODELS: dict[str, Callable[[int], list[Shape]]] = {
-    "qwen3-32b": _fixed(Decoder(hidden=5120, intermediate=25600, heads=64, kv_heads=8, head_dim=128, vocab=151936)),
-    "qwen3-30b-a3b": _fixed(
-        Decoder(hidden=2048, intermediate=768, heads=32, kv_heads=4, head_dim=128, vocab=151936, experts=128)
+DECODERS = {
+    "qwen3-32b": Decoder(hidden=5120, intermediate=25600, heads=64, kv_heads=8, head_dim=128, vocab=151936),
+    "qwen3-30b-a3b": Decoder(
+        hidden=2048, intermediate=768, heads=32, kv_heads=4, head_dim=128, vocab=151936, experts=128
     ),
-    "tiny": _fixed(Decoder(hidden=256, intermediate=512, heads=8, kv_heads=2, head_dim=32, vocab=1024)),
+    "tiny": Decoder(hidden=256, intermediate=512, heads=8, kv_heads=2, head_dim=32, vocab=1024),
 }
+MODELS: dict[str, Callable[[int], list[Shape]]] = {name: _fixed(decoder) for name, decoder in DECODERS.items()}

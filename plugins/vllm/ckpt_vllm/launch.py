@@ -38,6 +38,8 @@ class VllmServer:
         road: NATIVE, EXTENSION, or () for a vLLM that offers no way in.
         extra: more arguments for the server.
         environment: more environment variables for it.
+        max_model_len: longest sequence.
+        eager: without CUDA graphs and compilation.
         python: interpreter of the environment that has vLLM.
 
     Attributes:
@@ -57,6 +59,7 @@ class VllmServer:
         extra: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         max_model_len: int = 128,
+        eager: bool = True,
         python: str = sys.executable,
         start_timeout_s: float = 240.0,
     ) -> None:
@@ -67,7 +70,8 @@ class VllmServer:
             *("-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
             *("--host", "127.0.0.1", "--port", str(self._port), "--served-model-name", MODEL),
             *("--tensor-parallel-size", str(tp), "--load-format", load_format, "--max-model-len", str(max_model_len)),
-            *("--enforce-eager", "--generation-config", "vllm", "--disable-log-stats", *road, *extra),
+            *(("--enforce-eager",) if eager else ()),
+            *("--generation-config", "vllm", "--disable-log-stats", *road, *extra),
         ]
         self._environment = {**child_environment(), **_settings(tp), **(environment or {})}
         self._python = python
