@@ -67,7 +67,7 @@ def expected_of(model: Any, model_config: Any) -> ExpectedCheckpoint:
                 tensors.update(_experts(module, name, parameter, path=path, base=base, model_config=model_config))
                 fused.update({f"{base}.gate_up_proj": path, f"{base}.down_proj": path})
                 continue
-            tensors.update(_of_module(module, name, parameter, path=path, parts=parts))
+            tensors.update(_of_module(module, name, parameter, path=path, parts=parts, model_dtype=model_config.dtype))
     return ExpectedCheckpoint(tensors=tensors, aliases=frozenset(aliases), fused_experts=fused)
 
 
@@ -87,12 +87,14 @@ def _packed_parts(model: Any) -> dict[str, list[str]]:
 
 
 def _of_module(
-    module: Any, name: str, parameter: Any, *, path: str, parts: Mapping[str, list[str]]
+    module: Any, name: str, parameter: Any, *, path: str, parts: Mapping[str, list[str]], model_dtype: Any
 ) -> Iterator[tuple[str, ExpectedTensor]]:
     leaf = path.rpartition(".")[2]
-    plain = compat.is_plain(module) and name in ("weight", "bias")
+    # what is quantised only after it was loaded comes as the model's own type; other quantised tensors are the method's matter
+    named = name in ("weight", "bias")
+    plain = named and (compat.is_plain(module) or parameter.dtype == model_dtype)
     dtype = _dtype(parameter) if plain else None
-    required = plain and not compat.is_attention(module)
+    required = named and not compat.is_attention(module)
     sizes = compat.fused_sizes(module)
     if leaf in parts and sizes and len(sizes) == len(parts[leaf]):
         for part, rows in zip(parts[leaf], sizes, strict=True):

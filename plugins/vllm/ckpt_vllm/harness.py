@@ -42,6 +42,7 @@ MODELS: dict[ModelKind, dict[str, Any]] = {
     ModelKind.PLAIN: {"arch": "llama", **_SIZES},
     ModelKind.TIED: {"arch": "qwen3", "tied": True, **_SIZES},
     ModelKind.EXPERTS: {"arch": "qwen3_moe", **_SIZES, "layers": 1},
+    ModelKind.QUANTISED: {"arch": "llama", **_SIZES},
     ModelKind.ODD_SIZES: {
         "arch": "qwen3",
         **_SIZES,
@@ -52,6 +53,7 @@ MODELS: dict[ModelKind, dict[str, Any]] = {
         "intermediate": 70,
     },
 }
+_START: dict[ModelKind, dict[str, Any]] = {ModelKind.QUANTISED: {"quantization": "fp8_per_channel"}}
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -206,6 +208,7 @@ class VllmHarness(Harness):
             disable_log_stats=True,
             generation_config="vllm",
             additional_config={"ckpt": {"way": self._way.value, **(options or {})}},
+            **_START.get(kind, {}),
         )
         from ckpt_vllm.adapter import adapter_of
 

@@ -34,7 +34,9 @@ ENGINE = control.ENGINE
 _CAPABILITIES: Mapping[Capability, Support] = {
     Capability.PARTIAL_UPDATE: Support(level=Level.FULL, detail="whole modules where vLLM repacks or quantises"),
     Capability.RECORDED_LAYOUT: not_implemented("the layout is whole tensors; recording comes later"),
-    Capability.QUANTIZED: not_implemented("vLLM's reload handles it; not run yet"),
+    Capability.QUANTIZED: Support(
+        level=Level.FULL, detail="run with FP8 per channel, quantised by vLLM from BF16; see the README"
+    ),
     Capability.DRAFT_MODEL: not_implemented("MTP drafts are loaded in the same step; not run yet"),
     Capability.TIED_WEIGHTS: FULL,
     Capability.LORA: unsupported("vLLM cannot load a checkpoint in place into layers that are wrapped for LoRA"),
