@@ -202,6 +202,7 @@ class CkptWorker:
         """For `ckpt_ready`, as JSON."""
         return {
             "rank": int(self.worker.rank),
+            "gpu": _device_uuid(self.worker.device, 0) if self.worker.device.type == "cuda" else "",
             "poison": self.poison or "",
             "updating": self._running is not None,
             "version": self.version,

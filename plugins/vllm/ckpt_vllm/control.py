@@ -145,10 +145,19 @@ def status_of(config: ServerConfig, ranks: Sequence[Mapping[str, Any]]) -> Endpo
         state = EndpointState.WAITING_FOR_WEIGHTS if "wait for its first weights" in poison else EndpointState.POISONED
     elif facts.get("paused"):
         state = EndpointState.PAUSED
-    return _status(config, state, version=version or str(facts.get("version", "")), detail=poison)
+    gpus = tuple(rank["gpu"] for rank in ranks if rank.get("gpu"))
+    known = str(facts.get("version", ""))
+    return _status(config, state, version=version or known, detail=poison, gpus=gpus)
 
 
-def _status(config: ServerConfig, state: EndpointState, *, version: str = "", detail: str = "") -> EndpointStatus:
+def _status(
+    config: ServerConfig,
+    state: EndpointState,
+    *,
+    version: str = "",
+    detail: str = "",
+    gpus: tuple[str, ...] = (),
+) -> EndpointStatus:
     return EndpointStatus(
         engine=ENGINE,
         state=state,
@@ -156,6 +165,7 @@ def _status(config: ServerConfig, state: EndpointState, *, version: str = "", de
         device_kind=config.device_kind,
         instance_id=config.instance_id,
         version=version,
+        device_uuids=gpus,
         detail=f"by {config.road.value}" + (f"; {detail}" if detail else ""),
     )
 
