@@ -183,6 +183,8 @@ def _settings(tp: int, device_options: Sequence[str]) -> dict[str, str]:
     settings = {"HF_HUB_OFFLINE": "1"}
     if "cpu" in device_options:
         settings["SGLANG_USE_CPU_ENGINE"] = "1"
+        # tiny models: threads that wait for each other take the cores from the servers beside this one
+        settings |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         if tp > 1:
             cores = os.cpu_count() or 1
             settings["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % cores) for rank in range(tp))
