@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mine = [item for item in items if HERE in item.path.parents]
     for item in mine:
         item.add_marker(pytest.mark.engines)
-        item.add_marker(pytest.mark.timeout(300))
+        item.add_marker(pytest.mark.timeout(420))
     ordered = iter(sorted(mine, key=_place))
     items[:] = [next(ordered) if HERE in item.path.parents else item for item in items]
 
@@ -142,11 +142,11 @@ class Fleet:
         self._running.close()
 
     def _start(self, case: Case) -> Deployment:
-        """All three servers at once: most of a start is waiting."""
+        """Three servers; the fresh ones end when they have told their tokens."""
         if case.model not in self._checkpoints:
             self._checkpoints[case.model] = make_checkpoints(case.model, self._directory / case.model, _CACHE)
         checkpoints = self._checkpoints[case.model]
-        with ThreadPoolExecutor(3) as threads, ExitStack() as stack:
+        with ThreadPoolExecutor(CLIENTS[self._engine].starts_at_once) as threads, ExitStack() as stack:
             ends = {which: stack.enter_context(ExitStack()) for which in "ab"}
             fresh = {
                 which: threads.submit(self._server, checkpoints[which], case, "auto", end)

@@ -42,9 +42,11 @@ class Client(ABC):
 
     Attributes:
         server_options: arguments that make a server of this engine report versions, and hold CONTEXT_LENGTH tokens.
+        starts_at_once: servers that start together without getting into each other's way on two cores.
     """
 
     server_options: tuple[str, ...]
+    starts_at_once: int
     path: str
     resume_path: str
 
@@ -121,6 +123,7 @@ class VllmClient(Client):
     """Token in, token out."""
 
     server_options = ("--enable-scale-out", f"--max-model-len={CONTEXT_LENGTH}")
+    starts_at_once = 3
     path = "/inference/v1/generate"
     resume_path = "/resume"
 
@@ -150,7 +153,8 @@ class VllmClient(Client):
 class SglangClient(Client):
     """SGLang's own route."""
 
-    server_options = (f"--context-length={CONTEXT_LENGTH}",)
+    server_options = (f"--context-length={CONTEXT_LENGTH}", "--sleep-on-idle")  # else idle servers take whole cores
+    starts_at_once = 1
     path = "/generate"
     resume_path = "/continue_generation"
 
