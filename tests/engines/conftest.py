@@ -11,10 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +20,18 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # modules beside this file, in an interpreter that imports tests by their paths
 
-from cases import CASES, Case, Checkpoints, Fresh, make_checkpoints  # noqa: E402
-from engine_clients import CLIENTS, Client  # noqa: E402
+from cases import CASES, Case  # noqa: E402
+from deployments import INSTALLED, Deployment, Fleet  # noqa: E402
 
-from ckpt_core import Target, UpdateConfig, Updater, plugins  # noqa: E402
+from ckpt_core import Target, UpdateConfig, Updater  # noqa: E402
 from ckpt_core.agents import AgentGroup  # noqa: E402
 from ckpt_core.config import PauseMode  # noqa: E402
-from ckpt_core.contract import EndpointStatus  # noqa: E402
-from ckpt_core.endpoint import Endpoint  # noqa: E402
 from ckpt_core.metrics import Stage  # noqa: E402
 from ckpt_core.wire import Send  # noqa: E402
 
-_LAUNCHERS = {"vllm": ("ckpt_vllm.launch", "VllmServer"), "sglang": ("ckpt_sglang.launch", "SglangServer")}
-_CACHE = HERE.parents[1] / ".cache"
 _ORDER = ("test_updates", "test_streaming", "test_faults")
 _WAIT_S = 30.0
 _LOG_CHARS = 12000
-INSTALLED = [
-    name for name in _LAUNCHERS if name in plugins.names() and plugins.load(name).info.engine_version is not None
-]
 collect_ignore = (
     ["test_both_engines.py"] if INSTALLED else [path.name for path in HERE.glob("test_*.py") if "both" not in path.name]
 )
@@ -78,111 +68,6 @@ def engine() -> str:
     """Name of the engine that is installed here."""
     (name,) = INSTALLED
     return name
-
-
-@dataclass(slots=True, kw_only=True)
-class Deployment:
-    """A server that started on dummy weights, and what fresh starts on A and B say.
-
-    Attributes:
-        babble: its tokens before any update.
-    """
-
-    engine: str
-    case: Case
-    server: Any
-    client: Client
-    checkpoints: Checkpoints
-    fresh: Fresh
-    babble: list[list[int]]
-
-    @property
-    def url(self) -> str:
-        """Of the server."""
-        return str(self.server.url)
-
-    def answers(self) -> list[list[int]]:
-        """Greedy tokens now, one list a prompt, as long as the fresh ones."""
-        return _answers(self.client, self.case, self.checkpoints)
-
-    def status(self) -> EndpointStatus:
-        """As the plugin sees it."""
-        endpoint = Endpoint(url=self.url, engine=self.engine)
-        try:
-            status: EndpointStatus = plugins.load(self.engine).hook.ckpt_ready(endpoint=endpoint)
-            return status
-        finally:
-            endpoint.close()
-
-
-class Fleet:
-    """Starts deployments, one after the other."""
-
-    def __init__(self, engine: str, directory: Path) -> None:
-        self._engine = engine
-        self._directory = directory
-        self._checkpoints: dict[str, Checkpoints] = {}
-        self._current: Deployment | None = None
-        self._running = ExitStack()
-
-    def get(self, case: Case) -> Deployment:
-        """The deployment of a case; ends the one before."""
-        if self._current is None or self._current.case != case:
-            self.close()
-            self._current = self._start(case)
-        return self._current
-
-    def log(self) -> str:
-        """What the running server wrote so far."""
-        return str(self._current.server.log()) if self._current is not None else ""
-
-    def close(self) -> None:
-        """End what runs."""
-        self._current = None
-        self._running.close()
-
-    def _start(self, case: Case) -> Deployment:
-        """Three servers; the fresh ones end when they have told their tokens."""
-        if case.model not in self._checkpoints:
-            self._checkpoints[case.model] = make_checkpoints(case.model, self._directory / case.model, _CACHE)
-        checkpoints = self._checkpoints[case.model]
-        with ThreadPoolExecutor(CLIENTS[self._engine].starts_at_once) as threads, ExitStack() as stack:
-            ends = {which: stack.enter_context(ExitStack()) for which in "ab"}
-            fresh = {
-                which: threads.submit(self._server, checkpoints[which], case, "auto", end)
-                for which, end in ends.items()
-            }
-            live = threads.submit(self._server, checkpoints.a, case, "dummy", stack.enter_context(ExitStack()))
-            tokens = {}
-            for which, started in fresh.items():
-                tokens[which] = _answers(started.result()[1], case, checkpoints)
-                ends[which].close()
-            server, client = live.result()
-            self._running = stack.pop_all()
-        return Deployment(
-            engine=self._engine,
-            case=case,
-            server=server,
-            client=client,
-            checkpoints=checkpoints,
-            fresh=Fresh(tokens=tokens),
-            babble=_answers(client, case, checkpoints),
-        )
-
-    def _server(self, checkpoint: Path, case: Case, load_format: str, stack: ExitStack) -> tuple[Any, Client]:
-        module, name = _LAUNCHERS[self._engine]
-        launcher = getattr(import_module(module), name)
-        kind = CLIENTS[self._engine]
-        server = stack.enter_context(
-            launcher(checkpoint, tp=case.tp, load_format=load_format, extra=kind.server_options)
-        )
-        client = kind(server.url)
-        stack.callback(client.close)
-        return server, client
-
-
-def _answers(client: Client, case: Case, checkpoints: Checkpoints) -> list[list[int]]:
-    return [client.generate(prompt, case.tokens).token_ids for prompt in checkpoints.prompts]
 
 
 @pytest.fixture(scope="session")

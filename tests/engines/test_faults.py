@@ -8,8 +8,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from cases import CASES, SHORT
-from engine_clients import Refused
+from cases import CASES
 from safetensors.torch import load_file
 
 from ckpt_core import Outcome, UpdateAborted
@@ -17,8 +16,7 @@ from ckpt_core.contract import EndpointState
 from ckpt_core.errors import CoverageError, PeerLost
 from ckpt_core.fleet import Fleet
 
-DEAD_AFTER_S = 20.0  # far below the deadlines of a transfer: a death is seen, not waited for
-NO_TOKEN_S = 8.0
+DEAD_AFTER_S = 30.0  # far below the deadlines of a transfer: a death is seen, not waited for
 BOTH_SIZES = pytest.mark.parametrize("case", [case for case in CASES if case.model in ("llama", "qwen3_moe")], ids=str)
 TWO_RANKS = pytest.mark.parametrize("case", [case for case in CASES if case.model == "llama" and case.tp == 2], ids=str)
 
@@ -30,37 +28,11 @@ def server(deployment, updater_of):
     return deployment
 
 
-def says(server):
-    """Short answers, or None where the server refuses."""
-    found = []
-    for prompt in server.checkpoints.prompts:
-        try:
-            answer = server.client.generate(prompt, SHORT, wait_s=NO_TOKEN_S)
-        except Refused:
-            return None
-        found.append(answer.token_ids)
-    return None if not any(found) else found
-
-
-def assert_old_tokens_or_none(server, outcome):
-    """Whatever a client does: CLEAN is the old weights at once, POISONED no token even after somebody resumed it."""
-    if outcome is Outcome.CLEAN:
-        assert says(server) == server.fresh.short("a")
-        assert server.status().state is EndpointState.SERVING
-        return
-    assert outcome is Outcome.POISONED
-    assert server.status().state is EndpointState.POISONED
-    for _ in range(2):
-        server.client.resume()  # refused or not: what counts is what comes out
-        assert says(server) is None
-        assert server.client.is_alive()
-
-
 def assert_next_update_repairs(server, updater):
     """The same updater brings B, then A; nothing of the failure is left."""
     for which in "ba":
         assert updater.update(server.checkpoints[which], version=f"mended {which}").outcome is Outcome.COMMITTED
-        assert says(server) == server.fresh.short(which)
+        assert server.says() == server.fresh.short(which)
     assert server.status().state is EndpointState.SERVING
     assert server.status().version == "mended a"
 
@@ -82,7 +54,7 @@ def test_an_agent_is_killed_in_the_middle(server, updater_of, stall, kill):
     assert stall.reached
     assert caught.value.outcome is Outcome.POISONED
     assert isinstance(caught.value.causes[0], PeerLost)
-    assert_old_tokens_or_none(server, caught.value.outcome)
+    server.assert_old_tokens_or_none(caught.value.outcome, "a")
     assert_next_update_repairs(server, updater)
 
 
@@ -95,7 +67,7 @@ def test_a_tensor_of_the_wrong_shape(server, updater_of):
     updater = updater_of(server)
     with fails((UpdateAborted, CoverageError)) as caught:
         updater.update(tensors, version="broken")
-    assert_old_tokens_or_none(server, getattr(caught.value, "outcome", Outcome.CLEAN))
+    server.assert_old_tokens_or_none(getattr(caught.value, "outcome", Outcome.CLEAN), "a")
     assert_next_update_repairs(server, updater)
 
 
@@ -106,7 +78,7 @@ def test_a_tensor_is_missing(server, updater_of):
     updater = updater_of(server)
     with fails((UpdateAborted, CoverageError)) as caught:
         updater.update(tensors, version="incomplete")
-    assert_old_tokens_or_none(server, getattr(caught.value, "outcome", Outcome.CLEAN))
+    server.assert_old_tokens_or_none(getattr(caught.value, "outcome", Outcome.CLEAN), "a")
     assert_next_update_repairs(server, updater)
 
 
@@ -125,7 +97,7 @@ def test_the_file_is_cut_while_the_engine_is_paused(server, updater_of, tmp_path
         patch.setattr(Fleet, "pause", pause_and_cut)
         with fails() as caught:
             updater_of(server, ring_bytes=1 << 14, bucket_bytes=1 << 13).update(copy, version="cut")
-    assert_old_tokens_or_none(server, caught.value.outcome)
+    server.assert_old_tokens_or_none(caught.value.outcome, "a")
     assert_next_update_repairs(server, updater_of(server))
 
 
@@ -161,5 +133,5 @@ def test_the_controller_is_killed_in_the_middle(server, updater_of):
     while server.status().state is EndpointState.UPDATING:
         assert time.monotonic() < until, "the ranks did not give up"
         threading.Event().wait(0.1)
-    assert_old_tokens_or_none(server, Outcome.POISONED)
+    server.assert_gives_no_token()
     assert_next_update_repairs(server, updater_of(server))

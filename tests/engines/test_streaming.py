@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 from cases import LONG, LONG_CASES, SHORT
-from conftest import INSTALLED
+from deployments import INSTALLED
 from engine_clients import Refused
 
 from ckpt_core import plugins
