@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,14 @@ def update_by(server: VllmServer, way: str, checkpoint: Path, options: argparse.
             start = time.perf_counter()
             report = updater.update(checkpoint, version=f"{way}-{number}")
             _note(result, report, time.perf_counter() - start, first=number == 0)
-            wrong = server.client.post(
-                "/collective_rpc",
-                json={
-                    "method": "ckpt_wrong",
-                    "kwargs": {"model": options.model, "layers": options.layers, "seed": SEED},
-                },
-            )
-            result.wrong += sum(wrong.raise_for_status().json()["results"]) if options.check else 0
+            result.wrong += count_wrong(server, options) if options.check else 0
             result.tokens.append(server.generate(PROMPT, 8))
     return result
+
+
+def count_wrong(server: VllmServer, options: argparse.Namespace) -> int:
+    """Live elements of all ranks that are not the checkpoint's."""
+    return sum(server.rpc("ckpt_wrong", model=options.model, layers=options.layers, seed=SEED))
 
 
 def _note(result: Result, report: UpdateReport, whole_s: float, *, first: bool) -> None:
@@ -193,13 +192,18 @@ def main() -> None:
 def _measure(server: VllmServer, checkpoint: Path, options: argparse.Namespace, size_gb: float) -> None:
     results: list[Result] = []
     peer: dict[str, Any] = {}
-    for way in options.way or ["auto", "reload"]:
+    for number, way in enumerate(options.way or ["auto", "reload"]):
         results.append(update_by(server, way, checkpoint, options, size_gb))
-        options.out.write_text(json.dumps({"results": [asdict(result) for result in results], "peer": peer}, indent=1))
-    if options.peer:
-        peer = run_peer(options, server.url)
-        options.out.write_text(json.dumps({"results": [asdict(result) for result in results], "peer": peer}, indent=1))
-    print_results(results, peer, Console(width=150))
+        if options.peer and number == 0:
+            peer = run_peer(options, server.url)
+        # a run that is cut short keeps what it has
+        data = {"versions": _versions(), "results": [asdict(result) for result in results], "peer": peer}
+        options.out.write_text(json.dumps(data, indent=1))
+        print_results(results, peer, Console(width=150))
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("vllm", "torch", "ckpt-core")} | {"date": time.strftime("%Y-%m-%d")}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -319,3 +320,14 @@ def check_topology() -> None:
 
     if int(getattr(get_serving(), "tokenizer_worker_num", 1)) != 1:
         raise EngineStateError("--tokenizer-worker-num over 1: workers do not know of each other's pause; use one")
+
+
+def load_plugins() -> None:
+    """What SGLang does at the start of its own processes: find plugins and apply their hooks."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")  # SGLang decides by it when it is first imported
+    from sglang.srt.managers import scheduler
+
+    scheduler.load_plugins()
