@@ -107,6 +107,6 @@ def around_internal_state(original: Callable[..., Any], scheduler: Any, request:
         "waiting": rank.guard.waiting,
         "refuses": reason,
         "poisoned": bool(rank.guard.poison) or (bool(reason) and not rank.guard.waiting),
-        "paused": bool(scheduler._engine_paused),
+        "paused": compat.is_paused(scheduler),
     }
     return answer

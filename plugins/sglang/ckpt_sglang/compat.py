@@ -136,6 +136,16 @@ def weights_are_released(scheduler: Any) -> bool:
     return GPU_MEMORY_TYPE_WEIGHTS in scheduler.weight_updater.offload_tags
 
 
+def is_paused(scheduler: Any) -> bool:
+    """Whether the scheduler takes no step."""
+    return bool(scheduler._engine_paused)
+
+
+def set_paused(scheduler: Any, *, paused: bool) -> None:
+    """Let the scheduler take no step, or take some again, and nothing else."""
+    scheduler._engine_paused = paused
+
+
 def native_session_open(scheduler: Any) -> bool:
     """Whether somebody is between SGLang's own begin_weight_update and end_weight_update."""
     return getattr(scheduler.weight_updater, "_session", None) is not None

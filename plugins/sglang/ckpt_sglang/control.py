@@ -77,9 +77,13 @@ class EngineControl:
         in_flight = len(self._manager.rid_to_state)
         if mode in (PauseMode.ABORT, PauseMode.WAIT):
             await self._drain(abort=mode is PauseMode.ABORT, timeout_s=timeout_s)
-        else:
-            await self._freeze("retract" if mode is PauseMode.RETRACT else "in_place")
+        await self._freeze("in_place" if mode in (PauseMode.KEEP, PauseMode.IN_PLACE) else "retract")
         return in_flight
+
+    async def pause_scheduler(self) -> None:
+        """Where only the way in is closed, as by /pause_generation with mode abort, let the scheduler pause as well."""
+        if self._manager.is_pause and not (await self.facts())["paused"]:
+            await self._freeze("retract")
 
     async def resume(self, version: str | None) -> None:
         """Serve again, as that version.

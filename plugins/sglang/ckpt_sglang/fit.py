@@ -79,10 +79,11 @@ def fit(clone: Any, live: Any, manifest: Manifest, shape: Shape) -> Fit:
     for name in short:
         mismatched[name] = Mismatch(tensor=name, expected="a tensor that fills its parameter", got=_text(given[name]))
     together = _together(seen)
+    groups = _groups(seen, together)
     return Fit(
         layout=Layout(
             entries=tuple(
-                LayoutEntry(tensor=name, group=_group(name, together))
+                LayoutEntry(tensor=name, group=groups.get(name, name))
                 for name in given
                 if name in taken or name in mismatched
             ),
@@ -293,8 +294,13 @@ def _together(seen: DryRun) -> dict[str, frozenset[str]]:
     return joined
 
 
-def _group(name: str, together: Mapping[str, frozenset[str]]) -> str:
-    return min(together[name]) if name in together else name.rpartition(".")[0]
+def _groups(seen: DryRun, together: Mapping[str, frozenset[str]]) -> dict[str, str]:
+    """By name: the engine's module that it goes to; one for all that must go together."""
+    groups: dict[str, str] = {}
+    for copy in seen.copies:
+        for name in copy.sources:
+            groups.setdefault(min(together.get(name, {name})), copy.parameter.rpartition(".")[0])
+    return {name: groups[min(together.get(name, {name}))] for copy in seen.copies for name in copy.sources}
 
 
 def _quant_method(model: Any, parameter: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from ckpt_core.contract import PauseMode
 from ckpt_core.errors import CkptError, EngineStateError
 from ckpt_sglang import compat
-from ckpt_sglang.control import control_of
+from ckpt_sglang.control import KEY, control_of
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
@@ -31,8 +31,10 @@ def after_tokenizer_init(_result: None, manager: Any, *_args: Any, **_kwargs: An
 
 
 async def around_update(original: Callable[..., Awaitable[Any]], manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """While an update is attached the scheduler answers nothing: remember that it is."""
+    """The first of `args` is the request. While an update is attached the scheduler answers nothing: remember that it is."""
     control = control_of(manager)
+    if KEY in args[0].zmq_handles:
+        await control.pause_scheduler()
     control.updating = True
     try:
         answer = await original(manager, *args, **kwargs)

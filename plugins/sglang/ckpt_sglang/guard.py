@@ -91,15 +91,17 @@ class Guard:
     def arm(self, cause: str) -> None:
         """No token from here on, not even for requests that are there already."""
         self._poison = cause
-        if not self._scheduler._engine_paused:
-            self._scheduler._engine_paused = self._paused_here = True
+        if not compat.is_paused(self._scheduler):
+            self._paused_here = True
+            compat.set_paused(self._scheduler, paused=True)
         self._publish()
 
     def disarm(self) -> None:
         """The weights are those of one checkpoint; a server that waits for its first goes on waiting."""
         self._poison = None
         if self._paused_here:
-            self._scheduler._engine_paused = self._paused_here = False
+            self._paused_here = False
+            compat.set_paused(self._scheduler, paused=False)
         self._publish()
 
     def mark_updating(self, update_id: str) -> None:

@@ -81,6 +81,7 @@ class SglangRank:
         self.gate = Gate(scheduler, self.guard.board.reason)
         self._together: Mapping[str, frozenset[str]] = {}
         self._clone: frozenset[str] = frozenset()
+        self._known: frozenset[str] | None = None  # names that the loader takes; not known before the first layout
         self._progress: Progress | None = None
         self._last: tuple[str, AbortOutcome] | None = None
 
@@ -163,12 +164,20 @@ class SglangRank:
         ]
         self._together = {name: names for one in fits for name, names in one.together.items()}
         self._clone = frozenset[str]().union(*(one.clone for one in fits))
-        return joined([one.layout for one in fits])
+        layout = joined([one.layout for one in fits])
+        self._known = frozenset(entry.tensor for entry in layout.entries)
+        return layout
 
     # -- an update -------------------------------------------------------------------------------------------------
     def begin(self, update: Update) -> None:
-        """Nothing is written yet: what quantisation packed is unpacked at the first bucket."""
+        """Nothing is written yet: what quantisation packed is unpacked at the first bucket.
+
+        Raises:
+            EngineStateError: see check_state; or the scheduler is not paused.
+        """
         self.check_state()
+        if not compat.is_paused(self.scheduler):
+            raise EngineStateError(f"rank {self.rank}: the scheduler is not paused; pause it first (/ckpt/pause)")
         self.synchronise()  # with overlapped scheduling, or paused in place, a step may still run
         self._last = None
         self._progress = Progress(update=update, held=Held(self._together, self._clone))
@@ -181,14 +190,16 @@ class SglangRank:
             progress.written = True
             for _, runner in compat.runners(self.scheduler):
                 compat.begin_native(runner)
-        tensors = list(bucket.named_tensors())
+        known = self._known
+        ignored = tuple(item.name for item in bucket.tensors if known is not None and item.name not in known)
+        tensors = [(name, tensor) for name, tensor in bucket.named_tensors() if name not in ignored]
         names = tuple(name for name, _ in tensors)
-        progress.arrived.update(names)
+        progress.arrived.update(names, ignored)
         for ready in progress.held.ready(tensors, progress.update.expected):
             for _, runner in compat.runners(self.scheduler):
                 compat.load_native(runner, iter(ready))
         self.synchronise()
-        return LoadReport(loaded=names, retained_bytes=progress.held.retained_bytes)
+        return LoadReport(loaded=names, ignored=ignored, retained_bytes=progress.held.retained_bytes)
 
     def finish(self, update: Update) -> None:
         """Fixups and quantisation, each failure of which is a failure of the update."""
