@@ -1,4 +1,4 @@
-"""What any client may do with a running server: stream greedy tokens, resume it, ask whether it lives."""
+"""What any client may do with a running server: stream greedy tokens, and resume it."""
 
 from __future__ import annotations
 
@@ -81,10 +81,6 @@ class Client(ABC):
     def resume(self) -> int:
         """Let a paused server go on, as any client can; the status of the answer."""
         return self._http.post(self.resume_path, json={}, timeout=_CONTROL_S).status_code
-
-    def is_alive(self) -> bool:
-        """Whether the server says that it is healthy."""
-        return self._http.get("/health").status_code == httpx.codes.OK
 
     def close(self) -> None:
         """Close the connections."""
