@@ -165,7 +165,7 @@ class VllmServer:
             ended, _, _ = select.select([told], [], [], _POLL_S)  # the pipe ends with the server
             if ended or time.monotonic() > deadline:
                 why = "ended" if ended else f"was not healthy within {self._start_timeout_s:g} s"
-                raise EngineUnavailable(f"vLLM {why}; its log ends: {self.log()[-3000:]}")
+                raise EngineUnavailable(f"vLLM {why}; its log ends: {self.log()[-12000:]}")
 
     def _stop(self) -> None:
         with suppress(OSError):

@@ -74,3 +74,8 @@ class CkptTransferEngine(WeightTransferEngine):  # type: ignore[type-arg,misc]
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Abstract in vLLM 0.26, gone in 0.32: without it the class cannot be instantiated there."""
+        raise NotImplementedError("trainers call ckpt_core.Updater")
