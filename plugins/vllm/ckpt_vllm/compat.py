@@ -260,6 +260,14 @@ def engine_core_class() -> Any:
     return EngineCore
 
 
+def serving_core_classes() -> list[Any]:
+    """Engine cores with a loop of their own, for processes of their own."""
+    from vllm.v1.engine import core
+
+    named = (getattr(core, name, None) for name in ("EngineCoreProc", "DPEngineCoreProc"))
+    return [kind for kind in named if kind is not None and "run_busy_loop" in vars(kind)]
+
+
 def worker_class() -> Any:
     """The class that CPU and GPU workers share."""
     from vllm.platforms import current_platform

@@ -36,7 +36,10 @@ def install() -> None:
     if getattr(core, _MARK, False):
         return
     setattr(core, _MARK, True)
-    core.__init__ = _started(core.__init__)
+    core.__init__ = _then_prepared(core.__init__)
+    for serving in compat.serving_core_classes():
+        # there the plugin is loaded in the middle of __init__: too late to patch that
+        serving.run_busy_loop = _prepared_first(serving.run_busy_loop)
     core.resume_scheduler = _guarded_resume(core.resume_scheduler)
     core.wake_up = _guarded_wake(core.wake_up)
     core.collective_rpc = _informed_rpc(core.collective_rpc)
@@ -69,19 +72,37 @@ def _statuses(core: Any) -> list[dict[str, Any]]:
     return list(core.model_executor.collective_rpc(rank_status))
 
 
-def _started(original: Callable[..., None]) -> Callable[..., None]:
+def _then_prepared(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def start(core: Any, *args: Any, **kwargs: Any) -> None:
         original(core, *args, **kwargs)
-        if (worker := compat.worker_in_process(core)) is not None:
-            here = weakref.ref(core)
-            adapter_of(worker).facts = lambda: _facts_or_none(here())
-        options = (getattr(core.vllm_config, "additional_config", None) or {}).get("ckpt", {})
-        if options.get("wait_for_weights"):
-            core.model_executor.collective_rpc(arm_rank, args=(_WAITING,))
-            compat.pause_now(core)
+        _prepare(core)
 
     return start
+
+
+def _prepared_first(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def run_busy_loop(core: Any) -> None:
+        _prepare(core)
+        original(core)
+
+    return run_busy_loop
+
+
+def _prepare(core: Any) -> None:
+    """Once, before the first step: a worker in this process can ask for facts itself; one that waits for weights is paused."""
+    if getattr(core, "_ckpt_prepared", False):
+        return
+    core._ckpt_prepared = True
+    if (worker := compat.worker_in_process(core)) is not None:
+        here = weakref.ref(core)
+        adapter_of(worker).facts = lambda: _facts_or_none(here())
+    options = (getattr(core.vllm_config, "additional_config", None) or {}).get("ckpt", {})
+    if options.get("wait_for_weights"):
+        if failed := [text for text in core.model_executor.collective_rpc(arm_rank, args=(_WAITING,)) if text]:
+            raise EngineStateError(f"vLLM cannot wait for weights, its guard was not armed: {failed[0]}")
+        compat.pause_now(core)
 
 
 def _facts_or_none(core: Any | None) -> EngineFacts:
