@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
+_ALONE = (
+    threading.RLock()
+)  # SGLang builds and loads models by process-wide state: the default dtype, the open layer stack
 RAN_ON = ("0.5.23",)  # versions on which this plugin's tests ran on the real engine
 
 # -- where hooks go: dotted paths for SGLang's HookRegistry ----------------------------------------------------------
@@ -193,7 +197,7 @@ def load_native(runner: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> Non
     import torch
     from sglang.srt.model_loader.utils import set_default_torch_dtype
 
-    with torch.no_grad(), set_default_torch_dtype(runner.model_config.dtype):
+    with _ALONE, torch.no_grad(), set_default_torch_dtype(runner.model_config.dtype):
         runner.model.load_weights(weights)
 
 
@@ -205,7 +209,7 @@ def model_without_data(runner: Any) -> torch.nn.Module:
 
     config = runner.model_config
     quantisation = loader._get_quantization_config(config, runner.load_config)
-    with set_default_torch_dtype(config.dtype), torch.device("meta"):
+    with _ALONE, set_default_torch_dtype(config.dtype), torch.device("meta"):
         return loader._initialize_model(config, runner.load_config, quantisation)
 
 

@@ -70,7 +70,7 @@ def fit(clone: Any, live: Any, manifest: Manifest, shape: Shape) -> Fit:
     given = {meta.name: meta for meta in manifest.tensors}
     started_with = _Start(shape.model_path)
     taken = {name for copy in seen.copies for name in copy.sources}
-    mismatched = dict(_mismatched(seen, given, shape, started_with))
+    mismatched = dict(_mismatched(clone, seen, given, shape, started_with))
     strange = {name for name, error in seen.errors.items() if isinstance(error, KeyError)} - mismatched.keys()
     if shape.whole:
         strange |= {name for name in given if _is_strange(name, clone, taken, mismatched, started_with)}
@@ -165,7 +165,7 @@ class _Start:
 
 
 def _mismatched(
-    seen: DryRun, given: Mapping[str, TensorMeta], shape: Shape, start: _Start
+    clone: Any, seen: DryRun, given: Mapping[str, TensorMeta], shape: Shape, start: _Start
 ) -> Iterable[tuple[str, Mismatch]]:
     for name, error in seen.errors.items():
         if not isinstance(error, KeyError):
@@ -174,7 +174,10 @@ def _mismatched(
     room: dict[str, int] = {}
     for copy in seen.copies:
         for name in copy.sources:
-            room[name] = room.get(name, 0) + copy.elements
+            if (
+                _vocabulary(clone, copy.parameter) is None
+            ):  # the last ranks hold fewer rows, and the loader checks those
+                room[name] = room.get(name, 0) + copy.elements
             meta = given[name]
             if copy.parameter_dtype != torch_dtype(meta.dtype) and not start.has_as(meta):
                 wanted = str(copy.parameter_dtype).removeprefix("torch.")
@@ -242,11 +245,16 @@ def _uncovered(
 
 def _wanted(clone: Any, parameter: str, tensor: Any) -> int:
     """Elements that a load fills; the padding of a vocabulary is filled otherwise, or not at all."""
-    module = clone.get_submodule(parameter.rpartition(".")[0])
-    indices = getattr(module, "shard_indices", None)
-    if indices is None or not hasattr(indices, "num_org_elements"):
+    indices = _vocabulary(clone, parameter)
+    if indices is None:
         return int(tensor.numel())
     return int(indices.num_org_elements) * (int(tensor.numel()) // max(1, int(tensor.shape[0])))
+
+
+def _vocabulary(clone: Any, parameter: str) -> Any:
+    """Which rows of a vocabulary are in a parameter; None where it holds something else."""
+    indices = getattr(clone.get_submodule(parameter.rpartition(".")[0]), "shard_indices", None)
+    return indices if hasattr(indices, "num_org_elements") else None
 
 
 def _names_for(parameter: str, tensor: Any, names_of: Mapping[str, set[str]]) -> set[str]:
