@@ -300,7 +300,10 @@ def fields_of(kind: type) -> tuple[str, ...]:
 
 
 def is_starting(manager: Any) -> bool:
-    """Whether the server is not up yet."""
+    """Whether the server is not up yet; an engine without a server is as soon as it exists."""
+    state = getattr(http_module(), "_global_state", None)
+    if state is None or state.tokenizer_manager is not manager:
+        return False
     return str(getattr(manager.server_status, "name", "")) == "Starting"
 
 

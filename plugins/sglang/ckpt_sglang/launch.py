@@ -26,6 +26,7 @@ _POLL_S = 0.25
 CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-cuda-graph", "--disable-overlap-schedule", "--mem-fraction-static", "0.1", "--dtype", "bfloat16"),
+    "--sleep-on-idle",  # else every idle rank takes a core
     *("--max-total-tokens", "4096", "--context-length", "128", "--max-running-requests", "8"),
 )
 WAIT_FOR_WEIGHTS = ("--checkpoint-engine-wait-weights-before-ready",)
@@ -62,7 +63,7 @@ class SglangServer:
         healthy: bool = True,
         device_options: Sequence[str] = CPU,
         python: str = sys.executable,
-        start_timeout_s: float = 240.0,
+        start_timeout_s: float = 400.0,
     ) -> None:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"

@@ -2,49 +2,60 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ckpt_sglang import compat
 
-_log = logging.getLogger(__name__)
-
 
 def register() -> None:
-    """Register hooks for the process this runs in. A place that this SGLang lacks is an error: half a guard is none."""
+    """Register hooks for the process this runs in: all or none, half a guard would be worse than none.
+
+    Raises:
+        EngineError: this SGLang lacks a place that is hooked into; SGLang logs it and starts without the plugin.
+    """
     compat.warn_of_other_versions()
     role = compat.role_of_this_process()
+    around: dict[str, Callable[..., Any]] = {}
+    after: dict[str, Callable[..., Any]] = {}
     if role in ("scheduler", "main"):
-        _register_scheduler()
+        _add_scheduler(around, after)
     if role == "main":
-        _register_main()
+        _add_front(around, after)
+    for path in (*around, *after):
+        compat.require(path)
+    _register(around, after)
 
 
-def _register_scheduler() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
+def _add_scheduler(around: dict[str, Callable[..., Any]], after: dict[str, Callable[..., Any]]) -> None:
     from ckpt_sglang import attachment
 
-    around = {
+    around |= {
         compat.UPDATE_FROM_IPC: attachment.around_update_from_ipc,
         compat.PULL_REQUESTS: attachment.around_pull_requests,
         compat.FORWARD: attachment.around_forward,
         compat.RELEASE_MEMORY: attachment.around_release_memory,
         compat.INTERNAL_STATE: attachment.around_internal_state,
     }
-    for path in (*around, compat.SCHEDULER_INIT):
-        compat.require(path)
-    for path, hook in around.items():
-        HookRegistry.register(path, hook, HookType.AROUND)
-    HookRegistry.register(compat.SCHEDULER_INIT, attachment.after_scheduler_init, HookType.AFTER)
+    after[compat.SCHEDULER_INIT] = attachment.after_scheduler_init
 
 
-def _register_main() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
+def _add_front(around: dict[str, Callable[..., Any]], after: dict[str, Callable[..., Any]]) -> None:
     from ckpt_sglang import front
 
-    for path in (compat.TOKENIZER_INIT, compat.TOKENIZER_CONTINUE, compat.TOKENIZER_UPDATE):
-        compat.require(path)
-    HookRegistry.register(compat.TOKENIZER_INIT, front.after_tokenizer_init, HookType.AFTER)
-    HookRegistry.register(compat.TOKENIZER_CONTINUE, front.around_continue, HookType.AROUND)
-    HookRegistry.register(compat.TOKENIZER_UPDATE, front.around_update, HookType.AROUND)
+    around |= {
+        compat.TOKENIZER_CONTINUE: front.around_continue,
+        compat.TOKENIZER_UPDATE: front.around_update,
+    }
+    after[compat.TOKENIZER_INIT] = front.after_tokenizer_init
+
+
+def _register(around: Mapping[str, Callable[..., Any]], after: Mapping[str, Callable[..., Any]]) -> None:
+    if not around and not after:
+        return  # a process without weights and without requests
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for path, hook in around.items():
+        HookRegistry.register(path, hook, HookType.AROUND)
+    for path, hook in after.items():
+        HookRegistry.register(path, hook, HookType.AFTER)
