@@ -95,7 +95,8 @@ class _Watch(TorchDispatchMode):
         return made
 
     def _note_copy(self, parameter: torch.Tensor, source: torch.Tensor) -> None:
-        if source.squeeze().shape != parameter.squeeze().shape:
+        lengths = [1] * (parameter.dim() - source.dim()) + list(source.shape)  # a copy adds dimensions in front
+        if lengths != list(parameter.shape):
             raise ValueError(f"expected {list(parameter.shape)}, got {list(source.shape)}")
         sources = self._sources_of(source)
         name = self._count(self._seen.filled if sources else self._seen.padded, parameter)
