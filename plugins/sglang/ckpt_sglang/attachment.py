@@ -72,7 +72,7 @@ def around_pull_requests(original: Callable[..., Any], receiver: Any) -> Any:
     """What comes in from outside, before other ranks see it."""
     requests = original(receiver)
     rank = _by_receiver.get(id(receiver))
-    if not requests or rank is None:
+    if not requests or rank is None or rank.rank != 0:  # later pipeline stages get what the first let through
         return requests
     return rank.gate.passed(requests)
 

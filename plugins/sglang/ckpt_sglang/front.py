@@ -17,7 +17,7 @@ from ckpt_sglang.control import KEY, control_of
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
-_HEALTH_PATHS = ("/health", "/health_generate", "/readyz", "/ready")
+_HEALTH_PATHS = ("/health", "/health_generate", "/ready")
 HTTP_CONFLICT, HTTP_UNAVAILABLE = 409, 503
 
 

@@ -32,9 +32,11 @@ _CAPABILITIES: Mapping[Capability, Support] = {
     Capability.PARTIAL_UPDATE: FULL,
     Capability.RECORDED_LAYOUT: not_implemented("tensors come whole"),
     Capability.QUANTIZED: not_implemented(
-        "post-processing is called, but no quantised model runs on the CPU used for tests"
+        "post-processing is called, but on CPUs SGLang quantises (fp8, w8a8_int8) with AMX only, so it was never run"
     ),
-    Capability.DRAFT_MODEL: not_implemented("draft models are loaded like the target, but that was never run"),
+    Capability.DRAFT_MODEL: not_implemented(
+        "loaded like the target, but draft models need kernels that the stand-in on CPUs lacks, so it was never run"
+    ),
     Capability.TIED_WEIGHTS: FULL,
     Capability.LORA: unsupported("adapters are loaded by SGLang's own routes and stay as they are"),
     Capability.STABLE_ADDRESSES: FULL,
