@@ -63,7 +63,7 @@ LONG_CASES = tuple(case for case in CASES if case.long)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoints:
-    """A and B: every tensor of a tiny model differs, of the real one those of one layer.
+    """A and B: every tensor of a tiny model differs, of the real one a part of each layer.
 
     Attributes:
         decode: token ids to text; None where tokens mean nothing.
@@ -104,7 +104,7 @@ def make_checkpoints(model: str, directory: Path, cache: Path) -> Checkpoints:
 
 def _smollm2(directory: Path, cache: Path) -> Checkpoints:
     first = smollm2.fetch(cache)
-    second = perturb(first, directory / "b", seed=2, names="layers.3.mlp")
+    second = perturb(first, directory / "b", seed=2, names=".mlp.")
     tokenizer = Tokenizer.from_file(str(first / "tokenizer.json"))
     prompt = tokenizer.encode(smollm2.chat_prompt(_QUESTION), add_special_tokens=False).ids
     return Checkpoints(a=first, b=second, prompts=(tuple(prompt),), decode=tokenizer.decode)

@@ -12,6 +12,7 @@ from engine_clients import Refused
 from ckpt_core import plugins
 from ckpt_core.capability import Capability
 from ckpt_core.contract import PauseMode
+from ckpt_core.fleet import Fleet
 
 WAIT_S = 60.0
 WHOLE = {PauseMode.ABORT: Capability.PAUSE_ABORT, PauseMode.WAIT: Capability.PAUSE_WAIT}
@@ -58,29 +59,39 @@ class Streams:
             except Refused:
                 continue
 
+    def begin(self):
+        """Returns when every long request has its first token."""
+        self.asking = self.threads.submit(self.ask_on)
+        self.waiting = [self.threads.submit(self.long, prompt) for prompt in self.prompts]
+        self.all_began.wait(WAIT_S)
+
     @contextmanager
     def running(self):
-        """Entered when every long request has its first token; afterwards `answers` has the whole ones."""
-        with ThreadPoolExecutor(len(self.prompts) + 1) as threads:
-            waiting = [threads.submit(self.long, prompt) for prompt in self.prompts]
-            asking = threads.submit(self.ask_on)
+        """Whoever is inside calls `begin`; afterwards `answers` has the whole responses."""
+        with ThreadPoolExecutor(len(self.prompts) + 1) as self.threads:
             try:
-                self.all_began.wait(WAIT_S)
                 yield self
-                self.answers = [answer.result(WAIT_S) for answer in waiting]
+                self.answers = [answer.result(WAIT_S) for answer in self.waiting]
             finally:
                 self.enough.set()
                 self.all_began.abort()
-            asking.result(WAIT_S)
+            self.asking.result(WAIT_S)
 
 
-def update_in_the_middle(deployment, updater_of, mode):
-    """From A to B while requests stream."""
+@pytest.fixture
+def streamed(deployment, updater_of, monkeypatch, mode):
+    """Long requests that began on A right before the pause, and ended after the update to B."""
     stale = mode in (PauseMode.KEEP, PauseMode.IN_PLACE)
     updater = updater_of(deployment, pause_mode=mode, allow_stale_cache=stale)
-    updater_of(deployment).update(deployment.checkpoints.a, version="A")
-    updater.update(deployment.checkpoints.a, version="A")  # its agents run from now on
-    with Streams(deployment).running() as streams:
+    updater.update(deployment.checkpoints.a, version="A")
+    pause = Fleet.pause
+
+    def pause_in_the_middle(fleet, mode):
+        streams.begin()
+        return pause(fleet, mode)
+
+    with monkeypatch.context() as patch, Streams(deployment).running() as streams:
+        patch.setattr(Fleet, "pause", pause_in_the_middle)
         report = updater.update(deployment.checkpoints.b, version="B")
     assert report.requests_in_flight is None or report.requests_in_flight >= len(streams.prompts)
     return streams
@@ -98,15 +109,14 @@ def assert_serves_b(deployment):
 
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 @pytest.mark.parametrize("mode", offered(WHOLE))
-def test_every_response_has_one_version(deployment, updater_of, mode):
+def test_every_response_has_one_version(deployment, streamed, mode):
     fresh = deployment.fresh
-    streams = update_in_the_middle(deployment, updater_of, mode)
-    for number, answer in enumerate(streams.answers):
+    for number, answer in enumerate(streamed.answers):
         assert versions_of(answer) == {"A"}
         assert fresh.is_prefix("a", number, answer)
         assert answer.aborted if mode is PauseMode.ABORT else len(answer.token_ids) == LONG
-    assert {version for answer in streams.newcomers for version in versions_of(answer)} >= {"A"}
-    for answer in streams.newcomers:
+    assert streamed.newcomers
+    for answer in streamed.newcomers:
         assert len(versions_of(answer)) <= 1
         (which,) = versions_of(answer) or {"A"}
         assert fresh.is_prefix(which.lower(), 0, answer)
@@ -116,20 +126,19 @@ def test_every_response_has_one_version(deployment, updater_of, mode):
 
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 @pytest.mark.parametrize("mode", offered(SPANNED))
-def test_every_token_has_one_version(deployment, updater_of, mode):
+def test_every_token_has_one_version(deployment, streamed, updater_of, mode):
     fresh = deployment.fresh
-    streams = update_in_the_middle(deployment, updater_of, mode)
-    for number, answer in enumerate(streams.answers):
+    for number, answer in enumerate(streamed.answers):
         old, new = answer.spans
         assert (old.version, new.version) == ("A", "B")
         assert (old.start, old.end, new.end) == (0, new.start, LONG)
         assert len(answer.token_ids) == LONG
         assert fresh.is_prefix("a", number, answer, old.end)
         if mode is PauseMode.RETRACT:  # the cache was computed again: as if the prompt had ended there
-            prompt = [*streams.prompts[number], *answer.token_ids[: old.end]]
+            prompt = [*streamed.prompts[number], *answer.token_ids[: old.end]]
             rest = deployment.client.generate(prompt, LONG - old.end)
             assert answer.token_ids[old.end :] == rest.token_ids
-    for answer in streams.newcomers:
+    for answer in streamed.newcomers:
         assert versions_of(answer) <= {"A", "B"}
         if versions_of(answer) == {"A"}:
             assert fresh.is_prefix("a", 0, answer)
