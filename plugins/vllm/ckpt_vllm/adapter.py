@@ -22,7 +22,7 @@ from ckpt_core.contract import (
 from ckpt_core.errors import CoverageError, EngineError, EngineStateError
 from ckpt_core.layout import Layout
 from ckpt_core.manifest import Manifest
-from ckpt_vllm import compat
+from ckpt_vllm import compat, compat_layers
 from ckpt_vllm.expected import ExpectedCheckpoint, expected_of
 from ckpt_vllm.facts import EngineFacts
 from ckpt_vllm.layout import layout_of, trusted, unchecked
@@ -108,7 +108,11 @@ class CkptWorker:
         model, config = self.model, self.worker.vllm_config.model_config
         if self._expected is None:
             self._expected = expected_of(model, config)
-        expected, rename, elsewhere = self._expected, compat.renaming_of(model), compat.stage_test_of(model)
+        expected, rename, elsewhere = (
+            self._expected,
+            compat_layers.renaming_of(model),
+            compat_layers.stage_test_of(model),
+        )
         if self.options().get("check_names") is False:
             return unchecked(manifest)
         if self._trusted is None:

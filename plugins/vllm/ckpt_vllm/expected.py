@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_vllm import compat
+from ckpt_vllm import compat, compat_layers
 
 _EXPERT_PARTS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 _IGNORED_PARTS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "rotary_pos_emb.inv_freq")
@@ -62,7 +62,7 @@ def expected_of(model: Any, model_config: Any) -> ExpectedCheckpoint:
             if live is not None and first_with.setdefault(id(live), full) != full:
                 aliases.add(full)
                 continue
-            if compat.is_experts(module):
+            if compat_layers.is_experts(module):
                 base = path.removesuffix(".routed_experts")
                 tensors.update(_experts(module, name, parameter, path=path, base=base, model_config=model_config))
                 fused.update({f"{base}.gate_up_proj": path, f"{base}.down_proj": path})
@@ -95,7 +95,7 @@ def _of_module(
     plain = named and (compat.is_plain(module) or parameter.dtype == model_dtype)
     dtype = _dtype(parameter) if plain else None
     required = named and not compat.is_attention(module)
-    sizes = compat.fused_sizes(module)
+    sizes = compat_layers.fused_sizes(module)
     if leaf in parts and sizes and len(sizes) == len(parts[leaf]):
         for part, rows in zip(parts[leaf], sizes, strict=True):
             shape = (rows, *parameter.shape[1:]) if plain else None
@@ -104,7 +104,7 @@ def _of_module(
                 ExpectedTensor(group=path, shape=shape, dtype=dtype, required=required),
             )
         return
-    shape = compat.whole_shape(module, name, parameter) if plain else None
+    shape = compat_layers.whole_shape(module, name, parameter) if plain else None
     yield f"{path}.{name}", ExpectedTensor(group=path, shape=shape, dtype=dtype, required=required)
 
 
@@ -113,9 +113,9 @@ def _experts(
 ) -> Iterator[tuple[str, ExpectedTensor]]:
     kind, _, what = name.partition("_")
     plain = what == "weight" and bool(compat.expert_backend(module))
-    inner, hidden = compat.expert_sizes(module, parameter, kind, model_config) if plain else (None, None)
-    names = compat.expert_names(module)
-    for expert in range(compat.expert_count(module)):
+    inner, hidden = compat_layers.expert_sizes(module, parameter, kind, model_config) if plain else (None, None)
+    names = compat_layers.expert_names(module)
+    for expert in range(compat_layers.expert_count(module)):
         for part in _EXPERT_PARTS.get(kind, ()):
             shape = None
             if inner is not None and hidden is not None:
