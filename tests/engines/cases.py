@@ -23,6 +23,7 @@ _TINY = {
     "intermediate": 256,
     "moe_intermediate": 64,
 }
+_LAYERS = {"llama": 4}  # long answers take seconds: an update finds them unfinished, also on a busy machine
 _TINY_PROMPTS = ((5, 17, 42, 8), (9, 3, 200, 77, 150), (12,))
 _QUESTION = "What is the capital of France?"
 SHORT, LONG = 16, 400
@@ -98,7 +99,7 @@ def make_checkpoints(model: str, directory: Path, cache: Path) -> Checkpoints:
     """Write them."""
     if model == SMOLLM2:
         return _smollm2(directory, cache)
-    first = make_tiny(directory / "a", model, seed=1, **_TINY)
+    first = make_tiny(directory / "a", model, seed=1, **_TINY, layers=_LAYERS.get(model, 2))
     return Checkpoints(a=first, b=perturb(first, directory / "b", seed=2), prompts=_TINY_PROMPTS)
 
 
