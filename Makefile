@@ -23,7 +23,7 @@ PARTS := lint types unit property integration conformance \
 	venv-vllm engines-vllm conformance-vllm venv-sglang engines-sglang conformance-sglang engines-both
 # suites that need an engine or a GPU have targets of their own
 PYTEST := $(BIN)/python -m pytest -m "not engines and not gpu and not gpu2" $(PYTEST_FLAGS)
-ENGINE_PYTEST := python -m pytest -m engines tests/engines $(PYTEST_FLAGS)
+ENGINE_PYTEST := python -m pytest -m engines $(PYTEST_FLAGS) tests/engines
 
 # pip and the model libraries keep caches under HOME; where there is none to write to, they go into the checkout
 ifneq ($(shell test -n "$$HOME" -a -w "$$HOME" && echo writable),writable)
@@ -87,19 +87,20 @@ smollm2: venv
 
 .PHONY: engines-vllm
 engines-vllm: venv-vllm smollm2 ## updates of real vLLM servers
-	$(VENV)-vllm/bin/$(ENGINE_PYTEST)
+	$(VENV)-vllm/bin/$(ENGINE_PYTEST) plugins/vllm/tests
 
 .PHONY: engines-sglang
 engines-sglang: venv-sglang smollm2 ## updates of real SGLang servers
-	$(VENV)-sglang/bin/$(ENGINE_PYTEST)
+	$(VENV)-sglang/bin/$(ENGINE_PYTEST) plugins/sglang/tests
 
 .PHONY: engines-both
 engines-both: venv venv-vllm venv-sglang ## one update of a vLLM and an SGLang server
 	$(BIN)/$(ENGINE_PYTEST)
 
 .PHONY: conformance-vllm
-conformance-vllm: venv-vllm ## the conformance suite on vLLM
+conformance-vllm: venv-vllm ## the conformance suite on vLLM, loading directly and through its reload
 	$(VENV)-vllm/bin/ckpt-conformance --engine vllm
+	$(VENV)-vllm/bin/ckpt-conformance --engine vllm --harness ckpt_vllm.harness:reload_harness --tier worker
 
 .PHONY: conformance-sglang
 conformance-sglang: venv-sglang ## the conformance suite on SGLang
