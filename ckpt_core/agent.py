@@ -73,7 +73,8 @@ class Agent:
         self._line = line
         self._device = device_of(config.device)
         self._pool = HostPool(self._device, turn=config.index / config.count)
-        self._writers: list[IpcRingWriter] = []
+        self._writer: IpcRingWriter | None = None
+        self._receivers = 0
         self._outgoing: Outgoing | None = None
         self._plan: Plan | None = None
         self._manifest: Manifest | None = None
@@ -82,7 +83,7 @@ class Agent:
             wire.OpenRing: self._open_ring,
             wire.TakePlan: self._take_plan,
             wire.Send: self._send,
-            wire.Abort: self._close_rings,
+            wire.Abort: self._close_ring,
         }
 
     def run(self) -> None:
@@ -92,7 +93,7 @@ class Agent:
             while not isinstance(message := self._next(), wire.Stop):
                 self._handle(message)
         finally:
-            self._close_rings(None)
+            self._close_ring(None)
             self._pool.close()
 
     def _next(self) -> wire.AnyMessage:
@@ -108,7 +109,7 @@ class Agent:
             with uncollected():
                 reply = handler(message)
         except AbortRequested:
-            reply = self._close_rings(None)
+            reply = self._close_ring(None)
         except PeerLost:
             raise
         except Exception as error:  # noqa: BLE001 every failure goes to the controller
@@ -117,10 +118,10 @@ class Agent:
             self._line.send(reply)
 
     def _prepare(self, message: wire.Prepare) -> wire.Prepared:
-        before = self._pool.layout
+        before, known, self._manifest = self._pool.layout, self._manifest, None  # none is known if this fails
         locked_bytes, lock_s = self._pool.adopt(message.index)
-        if self._pool.layout is not before:
-            self._manifest = Manifest.from_index(message.index)
+        same = known is not None and self._pool.layout is before
+        self._manifest = known if same else Manifest.from_index(message.index)
         start = told = time.perf_counter()
         digests: dict[str, str] = {}
         sizes = {extent.name: extent.size_bytes for extent in message.index.extents}
@@ -137,17 +138,16 @@ class Agent:
         )
 
     def _open_ring(self, message: wire.OpenRing) -> wire.RingOpened:
-        # ranks may have mapped the one before: it stays until they have let go
-        writer = IpcRingWriter(
+        self._close_ring(None)
+        self._writer = IpcRingWriter(
             owner=self._config.index,
-            serial=len(self._writers),
             receivers=message.receivers,
             ring_bytes=message.size_bytes,
             device=self._device,
             directory=Path(self._config.directory),
         )
-        self._writers.append(writer)
-        return wire.RingOpened(offer=writer.offer())
+        self._receivers = message.receivers
+        return wire.RingOpened(offer=self._writer.offer())
 
     def _take_plan(self, message: wire.TakePlan) -> wire.PlanTaken:
         self._plan = message.plan or self._plan
@@ -158,14 +158,26 @@ class Agent:
                 f"the plan is for checkpoints of structure {self._plan.structure_digest}, the prepared one has "
                 f"{self._manifest.structure_digest}; prepare the checkpoint that the plan was made for"
             )
+        self._check_ring(self._plan)
         if self._outgoing is None or not self._outgoing.holds(self._plan):
             self._outgoing = Outgoing(self._plan, self._config.index, self._pool, self._manifest)
-        return wire.PlanTaken()
+        return wire.PlanTaken(digest=self._plan.digest)
+
+    def _check_ring(self, plan: Plan) -> None:
+        """No copy may end outside of the ring, and no reader be left out of its numbers."""
+        if self._writer is None:
+            raise TransportError("asked to take a plan before a ring was opened")
+        got = (self._writer.offer().size_bytes, self._receivers, self._config.count)
+        if got[0] < plan.ring_bytes or got[1:] != (plan.receivers, plan.agents):
+            raise PlanError(
+                f"ring bytes, readers, agents: the plan needs {plan.ring_bytes}, {plan.receivers}, {plan.agents}; "
+                f"agent {self._config.index} has {', '.join(map(str, got))}; open the ring for this plan"
+            )
 
     def _send(self, message: wire.Send) -> wire.Sent:
-        if not self._writers or self._outgoing is None:
+        writer = self._writer
+        if writer is None or self._outgoing is None:
             raise TransportError("asked to send before a ring was opened and a plan taken")
-        writer = self._writers[-1]
         poller = Poller(
             check=self._check,
             deadline=time.monotonic() + message.timeout_s,
@@ -181,9 +193,10 @@ class Agent:
         self._pool.check_unchanged()
         return wire.Sent(stats=stats)
 
-    def _close_rings(self, _message: object) -> wire.RingClosed:
-        while self._writers:
-            self._writers.pop().close()
+    def _close_ring(self, _message: object) -> wire.RingClosed:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
         return wire.RingClosed()
 
     def _check(self) -> None:

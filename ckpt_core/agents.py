@@ -98,6 +98,12 @@ class AgentGroup:
         """Whether all processes run, and did what they were last asked to."""
         return not self._stuck and all(child.poll() is None for child in self._children)
 
+    def check_alive(self) -> None:
+        """Raise PeerLost where a process has ended."""
+        for index, child in enumerate(self._children):
+            if (status := child.poll()) is not None:
+                raise PeerLost(f"agent {index} ended with status {status}; its standard error says why; update again")
+
     @property
     def peers(self) -> tuple[bytes, ...]:
         """Peers of the conversation, by agent."""
@@ -138,7 +144,7 @@ class AgentGroup:
         )
 
     def open_rings(self, size_bytes: int, receivers: int, *, timeout_s: float) -> tuple[wire.RingOffer, ...]:
-        """A ring of that size in each agent, for that many readers; offers by agent."""
+        """A ring of that size in each agent, in place of any before, for that many readers; offers by agent."""
         ask = wire.OpenRing(size_bytes=size_bytes, receivers=receivers)
         replies = self._conversation.ask(dict.fromkeys(self._peers, ask), wire.RingOpened, timeout_s=timeout_s)
         return tuple(replies[peer].offer for peer in self._peers)
@@ -157,7 +163,7 @@ class AgentGroup:
         """Give ring memory back in every agent, also in the middle of a transfer."""
         asks: Mapping[bytes, wire.AnyMessage] = dict.fromkeys(self._peers, wire.Abort(cause="the update is over"))
         replies = self._conversation.ask(asks, wire.RingClosed, timeout_s=timeout_s, patient=True)
-        self._stuck = len(replies) < len(self._peers)
+        self._stuck = self._stuck or len(replies) < len(self._peers)
 
     def stop(self) -> None:
         """End all processes: politely, then not."""

@@ -102,11 +102,8 @@ class Agreement:
             CoverageError: they do not.
         """
         config = self._terms.config
-        asks = {
-            peer: wire.AskLayout(manifest=self._terms.structure, rings=rings)
-            for peer, rings in self._ring_sets().items()
-        }
-        replies = self._talk.ask(asks, wire.LayoutReply, timeout_s=self._timeout_s)
+        ask = wire.AskLayout(manifest=self._terms.structure)
+        replies = self._talk.ask(dict.fromkeys(self._hellos, ask), wire.LayoutReply, timeout_s=self._timeout_s)
         check_coverage(
             {self._name(self._hellos[peer]): reply.layout for peer, reply in replies.items()},
             allow_missing=config.allow_missing,
@@ -115,7 +112,8 @@ class Agreement:
         return [replies[peer] for peer in self._hellos]
 
     def agree_on_new(self, layouts: list[wire.LayoutReply]) -> Plan:
-        """Plan for the open rings, and have everybody take it; with larger rings where a tensor does not fit into these.
+        """Plan for the open rings, and have everybody take it; with larger rings where a tensor does not fit into these,
+        which no rank has been told of yet.
 
         Raises:
             CapacityError: a device has no room for the larger rings.
@@ -139,23 +137,19 @@ class Agreement:
         """Have everybody take the plan of the last update again."""
         self._offer(plan, sent=None)
 
-    def _ring_sets(self) -> dict[bytes, wire.RingSet]:
-        return {
-            peer: wire.RingSet(offers=self._rings, receiver=receiver, receivers=len(self._hellos))
-            for receiver, peer in enumerate(self._hellos)
-        }
-
     def _offer(self, plan: Plan, *, sent: Plan | None) -> None:
-        for peer, rings in self._ring_sets().items():
+        for receiver, peer in enumerate(self._hellos):
+            rings = wire.RingSet(offers=self._rings, receiver=receiver, receivers=len(self._hellos))
             self._talk.tell(peer, self._offer_of(sent, rings))
         self._agents.tell_plan(sent)
         wanted: dict[bytes, type[wire.PlanAgreed | wire.PlanTaken]] = dict.fromkeys(self._hellos, wire.PlanAgreed)
         wanted |= dict.fromkeys(self._agents.peers, wire.PlanTaken)
         for peer, reply in self._talk.gather(wanted, timeout_s=self._timeout_s).items():
-            if isinstance(reply, wire.PlanAgreed) and reply.digest != plan.digest:
+            assert isinstance(reply, wire.PlanAgreed | wire.PlanTaken)
+            if reply.digest != plan.digest:
+                who = self._name(self._hellos[peer]) if peer in self._hellos else "an agent"
                 raise PlanError(
-                    f"{self._name(self._hellos[peer])} computed plan digest {reply.digest}, expected {plan.digest}; "
-                    "install the same ckpt-core on both sides"
+                    f"{who} computed plan digest {reply.digest}, expected {plan.digest}; install the same ckpt-core on both sides"
                 )
 
     def _offer_of(self, plan: Plan | None, rings: wire.RingSet) -> wire.OfferPlan:
@@ -190,7 +184,7 @@ def open_rings(agents: AgentGroup, *, size_bytes: int, receivers: int, timeout_s
             return agents.open_rings(size_bytes, receivers, timeout_s=timeout_s)
         except CapacityError:
             agents.close_rings(timeout_s=timeout_s)
-            if size_bytes // 2 < _LEAST_RING_BYTES:
+            if size_bytes // 2 < _LEAST_RING_BYTES or not agents.alive:
                 raise
             _log.warning("no room for a ring of %d bytes; trying half of it", size_bytes)
             size_bytes //= 2

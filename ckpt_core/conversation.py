@@ -41,6 +41,7 @@ class Conversation:
         self._inbox: deque[tuple[bytes, wire.AnyMessage]] = deque()
         self.on_progress: Callable[[str, wire.Progress], None] = lambda _name, _progress: None
         self.watches: list[Callable[[], None]] = []
+        self._farewell: wire.AnyMessage | None = None
 
     @property
     def address(self) -> str:
@@ -143,6 +144,18 @@ class Conversation:
         """Forget those peers, and listen to nobody with their token any more."""
         self.forget(peers)
         self._hub.revoke(token)
+        self._farewell = None
+
+    def turn_away(self, answer: wire.AnyMessage) -> None:
+        """From now on answer ranks that dial in by this, until they are dismissed: the update is over before they came."""
+        self._farewell = answer
+
+    def idle_until(self, done: Callable[[], bool], *, timeout_s: float) -> None:
+        """Listen, and let all that is said pass, until something else is done or the deadline is over."""
+        deadline = time.monotonic() + timeout_s
+        while not done() and time.monotonic() < deadline:
+            for _ in self._round(minded=()):
+                pass
 
     def close(self) -> None:
         """Stop watching processes."""
@@ -157,7 +170,9 @@ class Conversation:
         self._inbox.extend(self._hub.receive(0.0 if self._inbox else _ROUND_S))
         while self._inbox:
             peer, message = self._inbox.popleft()
-            if isinstance(message, wire.Progress):
+            if isinstance(message, wire.RankHello) and self._farewell is not None:
+                self._hub.send(peer, self._farewell)
+            elif isinstance(message, wire.Progress):
                 self.on_progress(self._names.get(peer, "?"), message)
             elif isinstance(message, wire.Failure) and (minded is None or peer in minded):
                 raise failure_of(self._names.get(peer, "an unknown peer"), message)

@@ -106,9 +106,9 @@ class Incoming:
         names = set()
         for entry in layout.entries:
             index, box = manifest.positions[entry.tensor], entry.box
-            self._boxes.setdefault(index, []).append(box)
-            # an empty slice of a tensor with elements is no need at all, and not sent
+            # an empty slice of a tensor with elements is no need at all, also where others need the tensor
             if box is None or 0 not in box.shape or 0 in manifest.tensors[index].shape:
+                self._boxes.setdefault(index, []).append(box)
                 names.add(entry.tensor)
         self.names = frozenset(names)
         self._buckets: dict[int, IncomingBucket] = {}

@@ -53,7 +53,7 @@ class TensorMeta(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
 
     def __post_init__(self) -> None:
-        if self.shape and not _is_sound(self.shape, self.dtype):
+        if self.shape and not _is_sound(tuple(self.shape), self.dtype):
             raise ManifestError(
                 f"tensor {self.name!r:.200}: shape: expected >= 0 and at most {_MAX_TENSOR_BYTES} bytes, "
                 f"got {self.shape!s:.200}; make the manifest anew from the checkpoint"

@@ -260,7 +260,13 @@ def _check_pieces(step: Step, manifest: Manifest, sent: dict[int, list[tuple[int
             first, expected_size = 0, whole
         else:
             first, expected_size = _box_span(piece.box, tensors[index].shape, tensors[index].dtype.itemsize)
-        if size != expected_size or (not size and whole) or offset < end or offset % tensors[index].dtype.itemsize:
+        if (
+            size != expected_size
+            or size < 0
+            or (not size and whole)
+            or offset < end
+            or offset % tensors[index].dtype.itemsize
+        ):
             _refuse_piece(step, piece, tensors[index], end)
         end = offset + size
         sent.setdefault(index, []).append((first, first + size))

@@ -156,6 +156,7 @@ class Session:
     def _attach(self) -> None:
         count = sum(member.world_size for member in self._fleet.members)
         with self._watch.stage(Stage.ATTACH):
+            self._agents.check_alive()
             self._talk.listen_to(self._token)
             self._talk.watches.append(self._fleet.check_attached)
             self._fleet.attach(self._rendezvous)
@@ -262,8 +263,10 @@ class Session:
         _log.info("undoing update %s in state %s: %s", self.update_id, self.state.value, error)
         self._talk.watches.clear()
         begun = self.state in (SessionState.LOADING, SessionState.VERIFYING)
+        farewell = wire.Abort(cause=str(error) or type(error).__name__)
+        self._talk.turn_away(farewell)  # ranks that have not dialled in yet are on their way
         for peer in self._hellos:
-            self._talk.tell(peer, wire.Abort(cause=str(error) or type(error).__name__))
+            self._talk.tell(peer, farewell)
         urls = [member.endpoint.url for member in self._fleet.members]
         by_endpoint = outcomes_by_endpoint(urls, self._hellos, self._last_words(), begun=begun)
         for member in self._fleet.members:
@@ -274,6 +277,7 @@ class Session:
             self._move(SessionState.COMMITTED)
             return None
         self._move(SessionState(outcome.value))
+        self._talk.idle_until(lambda: self._fleet.detach(0.0), timeout_s=self._config.commit_timeout_s)
         causes = [error, *self._attempt(self._detach), *self._attempt(self._give_back)]
         whole = [url for url, found in by_endpoint.items() if found in (Outcome.CLEAN, Outcome.RESTORED)]
         causes += self._attempt(lambda: self._fleet.resume(None, only=whole))

@@ -19,7 +19,7 @@ from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
 from ckpt_core.trace import Track
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 512 << 20  # a plan of a trillion parameters in 140,000 tensors takes some 30 MB
 
 
@@ -119,14 +119,13 @@ class Abort(Message, frozen=True, kw_only=True):
 
 # -- controller to ranks -------------------------------------------------------------------------------------------------
 class AskLayout(Message, frozen=True, kw_only=True):
-    """Which slices of this checkpoint do you need? Answer, then map the rings: the plan is being made meanwhile."""
+    """Which slices of this checkpoint do you need?"""
 
     manifest: Manifest
-    rings: RingSet
 
 
 class OfferPlan(Message, frozen=True, kw_only=True):
-    """Map the rings where you have not, check the plan, and say whether you agree to it.
+    """Map the rings, check the plan, and say whether you agree to it.
 
     Attributes:
         plan: None for the one that the rank knows from its last update.
@@ -210,7 +209,7 @@ class Prepare(Message, frozen=True, kw_only=True):
 
 
 class OpenRing(Message, frozen=True, kw_only=True):
-    """Make a ring of that size for that many readers. An earlier one stays until all are given back."""
+    """Make a ring of that size for that many readers, in place of the one there is. Before ranks were told of it."""
 
     size_bytes: int
     receivers: int
@@ -257,7 +256,9 @@ class RingOpened(Message, frozen=True, kw_only=True):
 
 
 class PlanTaken(Message, frozen=True, kw_only=True):
-    """Answer to TakePlan."""
+    """Answer to TakePlan: the plan with this digest fits checkpoint and ring."""
+
+    digest: str
 
 
 class Sent(Message, frozen=True, kw_only=True):

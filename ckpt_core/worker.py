@@ -129,7 +129,6 @@ class _Attachment:
         self._line = line
         self._info = info
         self._rendezvous = rendezvous
-        self._rings: wire.RingSet | None = None  # which are mapped
         self._readers: list[RingReader] = []
         self._incoming: Incoming | None = None
         self._update: Update | None = None  # set before begin is called: from then on weights may be touched
@@ -157,7 +156,6 @@ class _Attachment:
                 reader.close()
             except Exception:  # noqa: BLE001 the outcome is decided already
                 _log.exception("rank %d could not unmap a ring", self._info.rank)
-        self._readers = []
 
     def _agree(self) -> tuple[wire.OfferPlan, AgreedPlan]:
         """Up to the agreed plan: what may be refused, is refused here."""
@@ -174,7 +172,6 @@ class _Attachment:
         first = self._line.expect(wire.AskLayout, wire.OfferPlan)
         if isinstance(first, wire.AskLayout):
             layout = self._layout(first.manifest)
-            self._map(first.rings)
             offer = self._line.expect(wire.OfferPlan)
             assert isinstance(offer, wire.OfferPlan)
             known = self._check(offer, first.manifest, layout)
@@ -220,10 +217,6 @@ class _Attachment:
         self._incoming.map(self._readers, plan.ring_bytes)
 
     def _map(self, rings: wire.RingSet) -> None:
-        if rings == self._rings:
-            return
-        self._unmap()
-        self._rings = rings
         for offer in rings.offers:
             self._readers.append(
                 IpcRingReader(

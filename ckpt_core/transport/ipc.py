@@ -83,15 +83,13 @@ class SequenceBlock:
 
 
 class IpcRingWriter:
-    """The agent's side. See `transport.base.RingWriter`. `serial` tells rings of one owner apart that exist at a time."""
+    """The agent's side. See `transport.base.RingWriter`."""
 
-    def __init__(
-        self, *, owner: int, receivers: int, ring_bytes: int, device: Device, directory: Path, serial: int = 0
-    ) -> None:
+    def __init__(self, *, owner: int, receivers: int, ring_bytes: int, device: Device, directory: Path) -> None:
         self._owner = owner
         self._device = device
-        self._control_path = directory / f"control-{owner}-{serial}"
-        self._buffer: Buffer = device.allocate(ring_bytes, directory, f"ring-{owner}-{serial}")
+        self._control_path = directory / f"control-{owner}"
+        self._buffer: Buffer = device.allocate(ring_bytes, directory, f"ring-{owner}")
         try:
             self._sequence = SequenceBlock.create(self._control_path, receivers)
         except BaseException:

@@ -17,6 +17,7 @@ from ckpt_conformance.reference.worker import Worker
 from ckpt_core import Outcome, Target, UpdateAborted, wire
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import PeerLost, TransferTimeout, VerificationError
+from ckpt_core.fleet import Fleet
 from ckpt_core.verify import fingerprint
 
 SOON_S = 15.0  # far below the deadlines of a transfer; a death must be seen, not waited for
@@ -59,6 +60,29 @@ def assert_mended(updater, server, checkpoint_of, answer_of):
     assert server.status()["state"] == "serving"
     assert server.status()["version"] == "mended"
     assert len(answer_of(server)) == 24
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_agent_is_killed_while_engines_are_paused(
+    server, checkpoint_of, updater_of, kill, monkeypatch, answer_of, *, late
+):
+    """Before or after the ranks are called: they are turned away, and the engine serves what it had."""
+    before = server.live_digests()
+    updater = updater_of(server)
+    moment, original = ("attach", Fleet.attach) if late else ("pause", Fleet.pause)
+
+    def then_kill(*args):
+        result = original(*args)
+        kill(updater.agent_pids[1])
+        monkeypatch.setattr(Fleet, moment, original)
+        return result
+
+    monkeypatch.setattr(Fleet, moment, then_kill)
+    with aborts(Outcome.CLEAN, PeerLost, SOON_S):
+        updater.update(checkpoint_of(which="b"))
+    assert server.status()["state"] == "serving"
+    assert server.live_digests() == before
+    assert_mended(updater, server, checkpoint_of, answer_of)
 
 
 def test_an_agent_is_killed_in_the_middle(server, checkpoint_of, updater_of, stall, kill, answer_of):
@@ -269,12 +293,12 @@ def test_bytes_changed_in_the_ring_are_caught(checkpoint_of, updater_of, roots, 
     worker = Eventful(checkpoint_of(which="a"))
 
     def published():
-        (control,) = roots[0].rglob("control-0-0")
+        (control,) = roots[0].rglob("control-0")
         return int.from_bytes(control.read_bytes()[64:72], sys.byteorder)
 
     def scribble():
         eventually(lambda: published() >= 4, "the next bucket is in the ring")
-        (ring,) = roots[0].rglob("ring-0-0")
+        (ring,) = roots[0].rglob("ring-0")
         with ring.open("r+b") as file:
             for offset in range(0, 1 << 16, 512):
                 file.seek(offset)

@@ -139,9 +139,6 @@ def test_the_pool_of_tensors_in_memory_is_kept_once(checkpoint_of, tensors_of, u
     assert other != pool
 
 
-GROWN_FROM = 1 << 16  # the ring that was asked for, which ranks may have mapped, stays until all are given back
-
-
 def used_bytes(root):
     return sum(path.stat().st_blocks * 512 for path in root.rglob("*") if path.is_file())
 
@@ -172,7 +169,7 @@ def test_files_in_shared_memory_are_used_in_place(large, updater_of, roots, monk
     seen = peaks(monkeypatch, roots[0])
     report = updater_of(worker).update(large)
     assert len(seen) > 3
-    assert max(seen) <= report.ring_bytes + GROWN_FROM + 16384 < size_bytes / 2
+    assert max(seen) <= report.ring_bytes + 16384 < size_bytes / 2
 
 
 def test_tensors_in_memory_are_copied_once(large, tensors_of, updater_of, roots, monkeypatch):
@@ -181,7 +178,7 @@ def test_tensors_in_memory_are_copied_once(large, tensors_of, updater_of, roots,
     seen = peaks(monkeypatch, roots[0])
     report = updater_of(worker).update(tensors)
     padding = 256 * len(tensors)
-    assert report.size_bytes <= max(seen) <= report.size_bytes + padding + report.ring_bytes + GROWN_FROM + 32768
+    assert report.size_bytes <= max(seen) <= report.size_bytes + padding + report.ring_bytes + 32768
 
 
 def test_a_pool_that_its_owner_rewrites_in_place_is_sent_as_it_is_now(large, updater_of):

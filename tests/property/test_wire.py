@@ -21,7 +21,7 @@ FRAMES = tuple(
     wire.encode(body, token="t", seq=1)
     for body in (
         wire.TakePlan(plan=PLAN),
-        wire.AskLayout(manifest=MANIFEST, rings=wire.RingSet(offers=(), receiver=0, receivers=1)),
+        wire.AskLayout(manifest=MANIFEST),
         wire.LayoutReply(layout=whole_layout(MANIFEST)),
         wire.Failure(error="PlanError", message="no", phase="plan"),
         wire.Ping(),

@@ -199,11 +199,12 @@ def test_unsafe_plans_are_refused(what, bad_plan):
         check_plan(bad_plan(), GIVEN)
 
 
-def test_a_part_that_is_not_contiguous_is_refused():
+@pytest.mark.parametrize("size_bytes", [32, -1])
+def test_a_part_that_is_not_contiguous_is_refused(size_bytes):
     given = Manifest(tensors=(TensorMeta(name="a", dtype=DType.U8, shape=(8, 8)),))
     plan = plan_of(given, [tensors("a")])
     (step,) = plan.steps
-    piece = altered(step.bucket.pieces[0], box=Box(start=(0, 0), shape=(8, 4)), size_bytes=32)
+    piece = altered(step.bucket.pieces[0], box=Box(start=(0, 0), shape=(8, 4)), size_bytes=size_bytes)
     bad = replace(plan, steps=(altered(step, bucket=altered(step.bucket, pieces=(piece,))),))
     with pytest.raises(PlanError, match="contiguous"):
         check_plan(bad, given)
