@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import httpx
 
 from ckpt_core.contract import DeviceKind, EndpointState, EndpointStatus, PauseMode, Rendezvous
 from ckpt_core.endpoint import Endpoint
-from ckpt_core.errors import EngineError, EngineStateError, EngineUnavailable
+from ckpt_core.errors import EngineError, EngineUnavailable
 from ckpt_sglang.control import KEY, EngineControl, control_of, encode
 
 _MARGIN_S = 10.0  # an HTTP call may take this much longer than what it asks for
@@ -36,8 +37,21 @@ def client_of(endpoint: Endpoint) -> Client:
     return handle if isinstance(handle, ClientHandle) else HandleClient(handle, endpoint)
 
 
-class ClientHandle:
+class ClientHandle(ABC):
     """Base of handles that are clients themselves."""
+
+    @abstractmethod
+    def status(self) -> EndpointStatus: ...
+    @abstractmethod
+    def pause(self, mode: PauseMode) -> int: ...
+    @abstractmethod
+    def attach(self, rendezvous: Rendezvous) -> None: ...
+    @abstractmethod
+    def flush(self) -> None: ...
+    @abstractmethod
+    def resume(self, version: str | None) -> None: ...
+    @abstractmethod
+    def wake(self, tags: tuple[str, ...]) -> None: ...
 
 
 class HttpClient:
@@ -166,6 +180,3 @@ def status_of(endpoint: Endpoint, response: httpx.Response) -> EndpointStatus:
         raise EngineUnavailable(
             f"{endpoint}: GET /ckpt/status answered {response.text[:200]}, not an SGLang server's; check the address"
         ) from error
-
-
-__all__ = ["Client", "ClientHandle", "EngineStateError", "HandleClient", "HttpClient", "client_of", "status_of"]

@@ -255,7 +255,8 @@ def conflict(text: str) -> Exception:
     """An error that SGLang's routes answer as 409."""
     from fastapi import HTTPException
 
-    return HTTPException(status_code=409, detail=text)
+    error: Exception = HTTPException(status_code=409, detail=text)
+    return error
 
 
 def require(path: str) -> None:
@@ -296,7 +297,7 @@ def continue_request() -> Any:
 
 def fields_of(kind: type) -> tuple[str, ...]:
     """Names of the fields of a message class, whichever library made it."""
-    return tuple(getattr(kind, "__struct_fields__", None) or getattr(kind, "__dataclass_fields__", ()))
+    return tuple(getattr(kind, "__struct_fields__", ())) or tuple(getattr(kind, "__dataclass_fields__", ()))
 
 
 def is_starting(manager: Any) -> bool:

@@ -13,7 +13,7 @@ A rank knows of the others' guards by a board in the key-value store of the proc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ckpt_sglang import compat
@@ -145,7 +145,8 @@ class Gate:
             _log.error("ckpt: a resume is refused: %s", reason)
             return False
         if isinstance(request, batch):
-            for part in request:
+            parts: Iterable[Any] = request  # type: ignore[assignment]
+            for part in parts:
                 self._refuse(part, reason)
             return False
         if isinstance(request, single):
