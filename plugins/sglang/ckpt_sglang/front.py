@@ -11,14 +11,15 @@ from functools import partial
 from typing import Any
 
 from ckpt_core.contract import PauseMode
-from ckpt_core.errors import CkptError, EngineStateError
+from ckpt_core.errors import CkptError, ConfigError, EngineStateError
 from ckpt_sglang import compat
 from ckpt_sglang.control import KEY, control_of
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
 _HEALTH_PATHS = ("/health", "/health_generate", "/ready")
-HTTP_CONFLICT, HTTP_UNAVAILABLE = 409, 503
+HTTP_UNAVAILABLE, HTTP_ERROR = 503, 500
+_STATUS: dict[type[CkptError], int] = {EngineStateError: 409, ConfigError: 400}
 
 
 def after_tokenizer_init(_result: None, manager: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -78,7 +79,7 @@ def add_routes(app: Any, manager: Any) -> None:
         try:
             return JSONResponse(await work)
         except CkptError as error:
-            status = HTTP_CONFLICT if isinstance(error, EngineStateError) else 500
+            status = _STATUS.get(type(error), HTTP_ERROR)
             return JSONResponse({"error": type(error).__name__, "message": str(error)}, status_code=status)
 
     async def status() -> Any:
@@ -132,6 +133,8 @@ async def _status(manager: Any) -> dict[str, Any]:
 
 
 async def _pause(manager: Any, mode: str, timeout_s: float) -> dict[str, Any]:
+    if mode not in {known.value for known in PauseMode}:
+        raise ConfigError(f"mode={mode!r}: expected one of {', '.join(known.value for known in PauseMode)}")
     return {"in_flight": await control_of(manager).pause(PauseMode(mode), timeout_s)}
 
 
