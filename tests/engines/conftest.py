@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mine = [item for item in items if HERE in item.path.parents]
     for item in mine:
         item.add_marker(pytest.mark.engines)
-        item.add_marker(pytest.mark.timeout(420))
+        item.add_marker(pytest.mark.timeout(900))
     ordered = iter(sorted(mine, key=_place))
     items[:] = [next(ordered) if HERE in item.path.parents else item for item in items]
 
