@@ -45,7 +45,10 @@ _CAPABILITIES: Mapping[Capability, Support] = {
     Capability.LIVE_READ: FULL,
     Capability.PAUSE_ABORT: FULL,
     Capability.PAUSE_WAIT: FULL,
-    Capability.PAUSE_KEEP: Support(level=Level.FULL, detail="as in_place; the cache stays stale while requests run"),
+    Capability.PAUSE_KEEP: Support(
+        level=Level.FULL,
+        detail="as in_place; the cache stays stale, for later prompts too, until a flush after those requests",
+    ),
     Capability.PAUSE_RETRACT: FULL,
     Capability.FLUSH_CACHE: FULL,
     Capability.SLEEP: not_implemented(
