@@ -24,6 +24,7 @@ from ckpt_core.device import CPU
 from ckpt_core.devices import visible_gpus
 from ckpt_core.endpoint import Endpoint
 from ckpt_core.errors import ConfigError, EngineError, EngineStateError, EngineUnavailable
+from ckpt_core.in_flight import FATE_IN, InFlight
 
 _FLUSH_RETRY_S = 0.2
 _PAUSE_CAPABILITY = {
@@ -43,6 +44,7 @@ class Member:
         endpoint, plugin: how to reach it.
         status: as of the last check.
         paused_here: this update paused it, so this update resumes it.
+        requests: in flight when this update paused it; None where not told.
         attached: the blocking attach call.
     """
 
@@ -50,6 +52,7 @@ class Member:
     plugin: plugins.EnginePlugin
     status: EndpointStatus | None = None
     paused_here: bool = False
+    requests: int | None = None
     attached: Future[None] | None = None
 
     @property
@@ -145,17 +148,28 @@ class Fleet:
                     "choose another"
                 )
 
-    def pause(self, mode: PauseMode) -> int | None:
-        """Pause all members that serve; requests in flight over all that tell."""
+    def pause(self, mode: PauseMode) -> None:
+        """Pause all members that serve."""
         serving = [member for member in self.members if _is_serving(member)]
-        counts = self._each(lambda member: self._pause_one(member, mode), serving)
-        known = [count for count in counts if count is not None]
-        return sum(known) if known else None
+        self._each(lambda member: self._pause_one(member, mode), serving)
 
-    def _pause_one(self, member: Member, mode: PauseMode) -> int | None:
+    def _pause_one(self, member: Member, mode: PauseMode) -> None:
         member.paused_here = True  # also where the call fails half way: resume is harmless then
-        count: int | None = member.plugin.hook.ckpt_pause(endpoint=member.endpoint, mode=mode)
-        return count
+        member.requests = member.plugin.hook.ckpt_pause(endpoint=member.endpoint, mode=mode)
+
+    def in_flight(self, mode: PauseMode, version: str) -> tuple[InFlight, ...]:
+        """What the pause met, member by member, and which weights made its tokens if the update to `version` commits."""
+        return tuple(
+            InFlight(
+                endpoint=member.endpoint.url,
+                engine=member.plugin.info.name,
+                requests=member.requests,
+                fate=FATE_IN[mode],
+                old_version=member.status.version if member.status is not None else "",
+                new_version=version,
+            )
+            for member in self.members
+        )
 
     def attach(self, rendezvous: Callable[[int], Rendezvous]) -> None:
         """Start the blocking attach call of every member."""

@@ -152,7 +152,11 @@ def ckpt_wake(endpoint: Endpoint, tags: tuple[str, ...]) -> None:
 
 @hookspec(firstresult=True)
 def ckpt_pause(endpoint: Endpoint, mode: PauseMode) -> int | None:
-    """Stop producing tokens; returns once no step runs. Number of requests in flight, or None if not known."""
+    """Stop producing tokens; returns once no step runs.
+
+    Returns the number of requests in flight, or None if not known: those that the pause met (abort, wait), those that go on
+    after it (keep, in_place, retract).
+    """
 
 
 @hookspec(firstresult=True)

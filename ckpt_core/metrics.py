@@ -13,6 +13,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 from ckpt_core.errors import Outcome
+from ckpt_core.in_flight import InFlight
 from ckpt_core.trace import NO_BUCKET, Span, SpanStage, Track
 from ckpt_core.wire import AgentStats, RankStats
 
@@ -56,7 +57,7 @@ class UpdateReport:
         stages: seconds by stage.
         transfer_gb_s: checkpoint bytes / 1e9 / seconds from begin to the last rank verified.
         verified: level of verification that every rank passed.
-        requests_in_flight: requests that the pause met, where engines tell.
+        in_flight: requests that the pause met and which weights made their tokens, by engine.
         tracks: what happened when, where a trace was asked for.
         digest_s, locked_bytes, lock_s: within PREPARE: digests of the checkpoint, and new page locks of the host pool.
     """
@@ -73,13 +74,19 @@ class UpdateReport:
     transfer_gb_s: float
     ring_bytes: int
     verified: str
-    requests_in_flight: int | None
+    in_flight: tuple[InFlight, ...]
     digest_s: float
     locked_bytes: int
     lock_s: float
     ranks: tuple[RankReport, ...]
     agents: tuple[AgentStats, ...]
     tracks: tuple[Track, ...] = ()
+
+    @property
+    def requests_in_flight(self) -> int | None:
+        """Requests that the pause met, over all engines that tell."""
+        told = [met.requests for met in self.in_flight if met.requests is not None]
+        return sum(told) if told else None
 
     def to_json(self) -> bytes:
         """Stable, indented JSON, without the tracks."""

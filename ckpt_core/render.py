@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ckpt_core.contract import EndpointStatus, EngineInfo
+from ckpt_core.in_flight import InFlight
 from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import UpdateReport
 from ckpt_core.plan import Plan
@@ -29,13 +30,13 @@ def report_tables(report: UpdateReport) -> list[Table]:
 
 def _summary(report: UpdateReport) -> Table:
     table = Table(title=f"update {report.update_id}: {report.outcome.value}", show_header=False)
-    in_flight = "not told" if report.requests_in_flight is None else str(report.requests_in_flight)
     for name, value in (
         ("version", report.version),
         ("content digest", report.digest),
         ("checkpoint", f"{human_bytes(report.size_bytes)} in {report.tensors} tensors"),
         ("total", f"{report.seconds:.3f} s"),
-        ("pause", f"{report.pause_s:.3f} s, {in_flight} requests in flight"),
+        ("pause", f"{report.pause_s:.3f} s"),
+        *(("in flight", _met(met)) for met in report.in_flight),
         ("transfer", f"{report.transfer_gb_s:.2f} GB/s with a ring of {human_bytes(report.ring_bytes)} per agent"),
         ("verified", report.verified),
     ):
@@ -44,6 +45,15 @@ def _summary(report: UpdateReport) -> Table:
     for stage, seconds in report.stages.items():
         table.add_row(stage, f"{seconds:.3f} s")
     return table
+
+
+def _met(met: InFlight) -> str:
+    if met.requests is None:
+        return f"{met.engine}: not told"
+    if not met.requests:
+        return f"{met.engine}: no request"
+    versions = f"old {met.old_version or 'not told'}, new {met.new_version}"
+    return f"{met.engine}: {met.requests} requests {met.fate.value} ({versions})"
 
 
 def _ranks(report: UpdateReport) -> Table:

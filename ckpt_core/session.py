@@ -88,7 +88,6 @@ class Session:
         self._verified: dict[bytes, wire.Verified] = {}
         self._committed: dict[bytes, wire.Committed] = {}
         self._sent: dict[bytes, wire.Sent] = {}
-        self._in_flight: int | None = None
         self._rings: tuple[wire.RingOffer, ...] = ()
 
     def run(self) -> UpdateReport:
@@ -150,7 +149,7 @@ class Session:
     def _pause(self) -> None:
         self._paused_at = time.perf_counter()
         with self._watch.stage(Stage.PAUSE):
-            self._in_flight = self._fleet.pause(self._config.pause_mode)
+            self._fleet.pause(self._config.pause_mode)
         self._move(SessionState.PAUSED)
 
     def _attach(self) -> None:
@@ -357,7 +356,7 @@ class Session:
             transfer_gb_s=plan.size_bytes / 1e9 / self._watch.seconds[Stage.TRANSFER.value],
             ring_bytes=plan.ring_bytes,
             verified=self._config.verify_on(self._fleet.device_kind()).value,
-            requests_in_flight=self._in_flight,
+            in_flight=self._fleet.in_flight(self._config.pause_mode, self._version),
             digest_s=self._pool.digest_s,
             locked_bytes=self._pool.locked_bytes,
             lock_s=self._pool.lock_s,

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-CONTEXT_LENGTH = 512
+CONTEXT_LENGTH = 1100
 _WAIT_S = 120.0
 _CONTROL_S = 20.0
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from cases import LONG, LONG_CASES, SHORT
+from cases import FRESH, LONG_CASES, SHORT
 from deployments import INSTALLED
 from engine_clients import Refused
 
@@ -13,6 +13,7 @@ from ckpt_core import plugins
 from ckpt_core.capability import Capability
 from ckpt_core.contract import PauseMode
 from ckpt_core.fleet import Fleet
+from ckpt_core.in_flight import Fate
 
 WAIT_S = 60.0
 WHOLE = {PauseMode.ABORT: Capability.PAUSE_ABORT, PauseMode.WAIT: Capability.PAUSE_WAIT}
@@ -37,6 +38,7 @@ class Streams:
     def __init__(self, deployment):
         self.client = deployment.client
         self.prompts = deployment.checkpoints.prompts
+        self.length = deployment.case.long
         self.all_began = threading.Barrier(len(self.prompts) + 1)
         self.enough = threading.Event()
         self.newcomers = []
@@ -49,7 +51,7 @@ class Streams:
                 began.set()
                 self.all_began.wait(WAIT_S)
 
-        return self.client.generate(prompt, LONG, on_token=on_token)
+        return self.client.generate(prompt, self.length, on_token=on_token)
 
     def ask_on(self):
         """Requests that come before, during and after the update; one that was refused or ended early says nothing."""
@@ -93,7 +95,9 @@ def streamed(deployment, updater_of, monkeypatch, mode):
     with monkeypatch.context() as patch, Streams(deployment).running() as streams:
         patch.setattr(Fleet, "pause", pause_in_the_middle)
         report = updater.update(deployment.checkpoints.b, version="B")
-    assert report.requests_in_flight is None or report.requests_in_flight >= len(streams.prompts)
+    (streams.met,) = report.in_flight
+    assert (streams.met.old_version, streams.met.new_version) == ("A", "B")
+    assert streams.met.requests is None or streams.met.requests >= len(streams.prompts)
     return streams
 
 
@@ -111,10 +115,11 @@ def assert_serves_b(deployment):
 @pytest.mark.parametrize("mode", offered(WHOLE))
 def test_every_response_has_one_version(deployment, streamed, mode):
     fresh = deployment.fresh
+    assert streamed.met.fate is (Fate.ENDED if mode is PauseMode.ABORT else Fate.FINISHED)
     for number, answer in enumerate(streamed.answers):
         assert versions_of(answer) == {"A"}
         assert fresh.is_prefix("a", number, answer)
-        assert answer.aborted if mode is PauseMode.ABORT else len(answer.token_ids) == LONG
+        assert answer.aborted if mode is PauseMode.ABORT else len(answer.token_ids) == streamed.length
     assert streamed.newcomers
     for answer in streamed.newcomers:
         assert len(versions_of(answer)) <= 1
@@ -128,16 +133,19 @@ def test_every_response_has_one_version(deployment, streamed, mode):
 @pytest.mark.parametrize("mode", offered(SPANNED))
 def test_every_token_has_one_version(deployment, streamed, updater_of, mode):
     fresh = deployment.fresh
+    spanned = [answer for answer in (*streamed.answers, *streamed.newcomers) if versions_of(answer) == {"A", "B"}]
+    assert streamed.met.fate is (Fate.RECOMPUTED if mode is PauseMode.RETRACT else Fate.KEPT)
+    assert streamed.met.requests is None or streamed.met.requests >= len(spanned)
     for number, answer in enumerate(streamed.answers):
         old, new = answer.spans
         assert (old.version, new.version) == ("A", "B")
-        assert (old.start, old.end, new.end) == (0, new.start, LONG)
-        assert len(answer.token_ids) == LONG
+        assert (old.start, old.end, new.end) == (0, new.start, streamed.length)
+        assert len(answer.token_ids) == streamed.length
         assert fresh.is_prefix("a", number, answer, old.end)
         if mode is PauseMode.RETRACT:  # the cache was computed again: as if the prompt had ended there
             prompt = [*streamed.prompts[number], *answer.token_ids[: old.end]]
-            rest = deployment.client.generate(prompt, LONG - old.end)
-            assert answer.token_ids[old.end :] == rest.token_ids
+            rest = deployment.client.generate(prompt, min(FRESH, streamed.length - old.end)).token_ids
+            assert answer.token_ids[old.end :][: len(rest)] == rest
     for answer in streamed.newcomers:
         assert versions_of(answer) <= {"A", "B"}
         if versions_of(answer) == {"A"}:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from ckpt_core.contract import DeviceKind, EndpointState, EndpointStatus, Engine
 from ckpt_core.endpoint import Endpoint
 from ckpt_core.errors import ConfigError, EngineError, EngineStateError, EngineUnavailable
 from ckpt_core.fleet import EndpointLocks, Fleet, Member
+from ckpt_core.in_flight import Fate
 
 
 class Plugin:
@@ -118,22 +120,24 @@ def test_only_who_was_paused_here_is_resumed(fleet_of):
     serving, paused = Plugin(), Plugin(state=EndpointState.PAUSED)
     fleet = fleet_of(serving, paused)
     fleet.check()
-    assert fleet.pause(PauseMode.ABORT) == 3
+    fleet.pause(PauseMode.ABORT)
     fleet.resume("v1")
     fleet.resume("v2")
     assert serving.calls == [("pause", PauseMode.ABORT), ("resume", "v1")]
     assert paused.calls == []
 
 
-def test_requests_in_flight_are_added_up_where_told(fleet_of):
-    plugins = [Plugin(), Plugin(), Plugin()]
-    plugins[1].hook.ckpt_pause = lambda endpoint, mode: None
-    fleet = fleet_of(*plugins)
+def test_requests_in_flight_are_told_by_engine_with_the_versions_of_their_tokens(fleet_of):
+    loud, silent, paused = Plugin(), Plugin(), Plugin(state=EndpointState.PAUSED)
+    silent.hook.ckpt_pause = lambda endpoint, mode: None
+    for plugin in (loud, silent, paused):
+        plugin.status = replace(plugin.status, version="old")
+    fleet = fleet_of(loud, silent, paused)
     fleet.check()
-    assert fleet.pause(PauseMode.WAIT) == 6
-    silent = fleet_of(plugins[1])
-    silent.check()
-    assert silent.pause(PauseMode.WAIT) is None
+    fleet.pause(PauseMode.WAIT)
+    met = fleet.in_flight(PauseMode.WAIT, "new")
+    assert [one.requests for one in met] == [3, None, None]
+    assert {(one.fate, one.old_version, one.new_version) for one in met} == {(Fate.FINISHED, "old", "new")}
 
 
 def test_a_pause_that_failed_half_way_is_undone_on_all(fleet_of):

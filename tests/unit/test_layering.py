@@ -60,6 +60,7 @@ LINE = (
     "agents",
     "agreement",
     "endpoint",
+    "in_flight",
     "metrics",
     "timeline",
     "outcomes",

@@ -1,10 +1,14 @@
 """Reports as JSON and Prometheus text."""
 
+import json
+from dataclasses import replace
+
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckpt_core.errors import Outcome
+from ckpt_core.in_flight import Fate, InFlight
 from ckpt_core.metrics import Stage, Stopwatch, UpdateReport
 
 REPORT = UpdateReport(
@@ -23,7 +27,10 @@ REPORT = UpdateReport(
     lock_s=0.0,
     ring_bytes=1 << 24,
     verified="arrival",
-    requests_in_flight=None,
+    in_flight=tuple(
+        InFlight(endpoint=url, engine="e", requests=count, fate=Fate.KEPT, old_version="a", new_version="b")
+        for url, count in (("http://1", 2), ("http://2", None), ("http://3", 3))
+    ),
     ranks=(),
     agents=(),
 )
@@ -103,3 +110,15 @@ def test_stages_are_in_the_order_of_an_update():
         "flush",
         "resume",
     ]
+
+
+def test_requests_are_added_up_over_engines_that_tell():
+    assert REPORT.requests_in_flight == 5
+    assert replace(REPORT, in_flight=REPORT.in_flight[1:2]).requests_in_flight is None
+
+
+def test_json_says_which_weights_made_the_tokens_of_requests_in_flight():
+    (first, *_) = json.loads(REPORT.to_json())["in_flight"]
+    assert first["requests"] == 2
+    assert (first["old_version"], first["new_version"]) == ("a", "b")
+    assert first["fate"].startswith("went on")

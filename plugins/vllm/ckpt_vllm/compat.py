@@ -306,6 +306,12 @@ def weight_version_of(core: Any) -> str:
     return "" if found == "default" else found
 
 
+def unfinished_in(core: Any) -> int:
+    """Requests in flight, frozen ones too: while all is paused, vLLM's own count of unfinished ones is 0."""
+    counts = getattr(core.scheduler, "get_request_counts", None)
+    return sum(counts()) if counts is not None else int(core.scheduler.get_num_unfinished_requests())
+
+
 def packed_inputs(module: Any) -> int:
     """Number of columns of a packed weight."""
     return int(load_format(module)["weight"].shape[1])

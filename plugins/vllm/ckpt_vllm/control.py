@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.contract import DeviceKind, EndpointState, EndpointStatus, PauseMode, Rendezvous
@@ -85,17 +86,17 @@ def wake(endpoint: Endpoint, tags: tuple[str, ...]) -> None:
 
 
 def pause(endpoint: Endpoint, mode: PauseMode) -> int | None:
-    """See `ckpt_pause`. Requests in flight are counted just before."""
-    ranks = _rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)
+    """See `ckpt_pause`. Requests that end are counted right before it, those that go on while they stand still."""
     engine_mode, clear_cache = PAUSE[mode]
+    ranks = partial(_rpc, endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)
+    before = unfinished_of(ranks())
     endpoint.request(
         "POST",
         "/pause",
         params={"mode": engine_mode, "clear_cache": str(clear_cache).lower()},
         timeout_s=endpoint.options.pause_timeout_s,
     )
-    facts = ranks[0].get("engine") if ranks else None
-    return int(facts["unfinished"]) if facts else None
+    return unfinished_of(ranks()) if engine_mode == "keep" else before
 
 
 def flush_cache(endpoint: Endpoint) -> None:
@@ -125,6 +126,12 @@ PAUSE: Mapping[PauseMode, tuple[str, bool]] = {
     PauseMode.IN_PLACE: ("keep", False),
     PauseMode.RETRACT: ("keep", True),  # vLLM preempts what runs to clear the cache; it is computed again later
 }
+
+
+def unfinished_of(ranks: Sequence[Mapping[str, Any]]) -> int | None:
+    """Requests in flight as the ranks' answers tell them."""
+    facts = ranks[0].get("engine") if ranks else None
+    return int(facts["unfinished"]) if facts else None
 
 
 def status_of(config: ServerConfig, ranks: Sequence[Mapping[str, Any]]) -> EndpointStatus:

@@ -56,7 +56,7 @@ def facts_of(core: Any) -> EngineFacts:
         paused=bool(core.is_scheduler_paused()),
         asleep=asleep,
         weights_asleep=weights_asleep,
-        unfinished=int(core.scheduler.get_num_unfinished_requests()),
+        unfinished=compat.unfinished_in(core),
         version=compat.weight_version_of(core),
     )
 
