@@ -39,6 +39,7 @@ from ckpt_core.hookspecs import hookimpl
 from ckpt_core.layout import Box, Layout, LayoutEntry
 from ckpt_core.manifest import Manifest
 from ckpt_core.plugins import EnginePlugin
+from ckpt_core.strided import row_major
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,8 @@ class MockWorker:
             if place is None:
                 continue
             target, inside, whole_rows = place
-            source = item.strided(inside.shape, inside.start)  # type: ignore[attr-defined]
+            strides = row_major(item.box.shape if item.box is not None else self.shapes[item.name].shape)
+            source = item.strided(inside.shape, strides, sum(map(int.__mul__, inside.start, strides)))
             if whole_rows:
                 dense[0].append(target)
                 dense[1].append(source)

@@ -29,18 +29,18 @@ RankKey = tuple[int, str, int]  # endpoint of the update, engine instance, rank
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownPlan:
-    """A plan that was carried out: by whom, and for which structure."""
+    """A plan that was carried out: by whom, for which structure, and how layouts were asked for."""
 
     plan: Plan
     ranks: tuple[RankKey, ...]
+    asked: tuple[bool, bool]
 
-    def fits(
-        self, manifest: Manifest, hellos: Mapping[bytes, wire.RankHello], rings: tuple[wire.RingOffer, ...]
-    ) -> bool:
+    def fits(self, terms: Terms, hellos: Mapping[bytes, wire.RankHello], rings: tuple[wire.RingOffer, ...]) -> bool:
         """Whether all these ranks still know it, it is for this structure, and the rings are large enough."""
         return (
-            all(ring.size_bytes >= self.plan.ring_bytes for ring in rings)
-            and self.plan.structure_digest == manifest.structure_digest
+            self.asked == terms.asked
+            and all(ring.size_bytes >= self.plan.ring_bytes for ring in rings)
+            and self.plan.structure_digest == terms.manifest.structure_digest
             and self.ranks == rank_keys(hellos)
             and all(hello.known_plan == self.plan.digest for hello in hellos.values())
         )
@@ -66,6 +66,11 @@ class Terms:
     structure: Manifest
     config: UpdateConfig
     device_kind: DeviceKind
+
+    @property
+    def asked(self) -> tuple[bool, bool]:
+        """How layouts are asked for: whether to replay, and only slices. The digest of a tensor needs all of it."""
+        return self.config.replay, self.config.verify_on(self.device_kind) is not VerifyLevel.ARRIVAL
 
 
 class Agreement:
@@ -102,7 +107,8 @@ class Agreement:
             CoverageError: they do not.
         """
         config = self._terms.config
-        ask = wire.AskLayout(manifest=self._terms.structure)
+        replay, slices = self._terms.asked
+        ask = wire.AskLayout(manifest=self._terms.structure, replay=replay, slices=slices)
         replies = self._talk.ask(dict.fromkeys(self._hellos, ask), wire.LayoutReply, timeout_s=self._timeout_s)
         check_coverage(
             {self._name(self._hellos[peer]): reply.layout for peer, reply in replies.items()},

@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ckpt_core.contract import LoadReport, Update
+from ckpt_core.contract import LoadBucket, LoadReport, LoadTensor, Update
 from ckpt_core.device import StreamTimer
 from ckpt_core.errors import CoverageError
 from ckpt_core.incoming import Incoming, IncomingBucket
 from ckpt_core.plan import Step
 from ckpt_core.plugins import EnginePlugin
+from ckpt_core.record.recorded import RecordedModel
 from ckpt_core.trace import SpanRecorder, SpanStage, Unrecorded
 from ckpt_core.verify import ArrivalDigest
 
@@ -20,11 +21,14 @@ class Applier:
     """Gives one rank its buckets.
 
     Args:
+        recorded: what is replayed, and what is watched, of the engine's loader; None where it cannot be recorded.
         digests: content of the checkpoint's tensors, in the order of its manifest; None to digest nothing.
         spans, timer: record what host and device do, where asked.
 
     Attributes:
         received_bytes, retained_bytes: so far; retained is the peak of what the engine reported.
+        replayed_bytes: read by replayed copies, of those received.
+        wrote: a replay may have written to live parameters, past the plugin.
         load_s, digest_s: seconds in the plugin's load hook, and in digests.
         ignored: names the engine had no use for.
     """
@@ -37,6 +41,7 @@ class Applier:
         incoming: Incoming,
         digests: Sequence[str] | None,
         *,
+        recorded: RecordedModel | None = None,
         spans: SpanRecorder | None = None,
         timer: StreamTimer | None = None,
     ) -> None:
@@ -47,7 +52,10 @@ class Applier:
         self._spans = spans or Unrecorded()
         self._timer = timer
         self._arrival = None if digests is None else ArrivalDigest(digests)
+        self._recorded = recorded
         self.received_bytes = 0
+        self.replayed_bytes = 0
+        self.wrote = False
         self.retained_bytes = 0
         self.load_s = 0.0
         self.digest_s = 0.0
@@ -78,24 +86,44 @@ class Applier:
         digested = time.perf_counter()
         if self._timer is not None:
             self._timer.start()
-        report = self._plugin.hook.ckpt_load(worker=self._worker, update=self._update, bucket=bucket.load)
+        accounted = self._load(bucket)
         if self._timer is not None:
             self._timer.stop(SpanStage.PULL, step.index, bucket.size_bytes)
         loaded = time.perf_counter()
         self._spans.add(SpanStage.LOAD, step.index, digested, loaded, bucket.size_bytes)
         self.load_s += loaded - digested
         self.digest_s += digested - start
-        self._account(bucket, report)
+        self._account(bucket, accounted)
         self.received_bytes += bucket.size_bytes
 
-    def _account(self, bucket: IncomingBucket, report: LoadReport) -> None:
+    def _load(self, bucket: IncomingBucket) -> set[str]:
+        """Replay what can be, and give the rest to the plugin. Names that are accounted for."""
+        replayed, rest, names = self._split(bucket)
+        if replayed:
+            assert self._recorded is not None
+            self.wrote = True
+            self.replayed_bytes += self._recorded.load(bucket.load.index, replayed)
+        if not rest.tensors:
+            return set(names)
+        if self._recorded is not None:
+            self._recorded.arrived(rest.tensors)
+        report = self._plugin.hook.ckpt_load(worker=self._worker, update=self._update, bucket=rest)
         if not isinstance(report, LoadReport):
             raise CoverageError(f"ckpt_load must return a LoadReport, got {report!r}; mend the plugin")
-        accounted = {*report.loaded, *report.ignored}
+        self.ignored.extend(report.ignored)
+        self.retained_bytes = max(self.retained_bytes, report.retained_bytes)
+        return {*names, *report.loaded, *report.ignored}
+
+    def _split(self, bucket: IncomingBucket) -> tuple[tuple[LoadTensor, ...], LoadBucket, frozenset[str]]:
+        """What is replayed, what is not, and the names of what is: the same objects for the same bucket each time."""
+        roots = frozenset[str]() if self._recorded is None else self._recorded.roots
+        if not roots:
+            return (), bucket.load, frozenset()
+        return bucket.split(roots)
+
+    def _account(self, bucket: IncomingBucket, accounted: set[str]) -> None:
         if bucket.names != accounted:
             raise CoverageError(
                 f"bucket {bucket.load.index}: the engine did not account for {sorted(bucket.names - accounted)[:8]} and "
                 f"reported {sorted(accounted - bucket.names)[:8]} which it was not given; every name must be in loaded or ignored"
             )
-        self.ignored.extend(report.ignored)
-        self.retained_bytes = max(self.retained_bytes, report.retained_bytes)

@@ -43,6 +43,7 @@ class UpdateConfig:
         digest_content: digest the checkpoint before the pause: its version is then bound to its content. Without it there is
             no ARRIVAL, and the version's digest is that of names, dtypes and shapes.
         fingerprint: digest the live weights of every rank after the load, and report them.
+        replay: once it is proved to be the same, copy recorded slices into parameters instead of calling the engine's loader.
         trace: record when each bucket was copied, waited for and loaded, on hosts and devices (`UpdateReport.tracks`).
         allow_missing, allow_unexpected: take a checkpoint that lacks tensors of the engine, or has others.
         prepare_timeout_s: reading and digesting the checkpoint.
@@ -59,6 +60,7 @@ class UpdateConfig:
     allow_stale_cache: bool = False
     verify: VerifyLevel = VerifyLevel.AUTO
     fingerprint: bool = True
+    replay: bool = True
     digest_content: bool = True
     trace: bool = False
     allow_missing: bool = False

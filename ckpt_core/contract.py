@@ -5,7 +5,7 @@ Nothing here imports torch or an engine: `ckpt engines` reads it on a laptop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,9 @@ class Update:
         version: label of the checkpoint.
         digest: content digest of the checkpoint (hex), which the label is bound to.
         expected: names that will arrive.
-        partial: only some of the engine's tensors arrive; the others stay as they are.
+        partial: only some of the engine's tensors arrive through `ckpt_load`; the others stay, or are replayed.
+        replayed: names that the core itself writes between begin and finish, straight into live parameters. What they leave
+            in an abort the core knows; in finish they count as loaded.
     """
 
     update_id: str
@@ -91,6 +93,7 @@ class Update:
     digest: str
     expected: frozenset[str]
     partial: bool = False
+    replayed: frozenset[str] = frozenset()
 
 
 class LoadTensor:
@@ -115,6 +118,11 @@ class LoadTensor:
         """See the class."""
         assert self._tensor is not None, "made without data"
         return self._tensor
+
+    def strided(self, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
+        """Elements of `tensor`, counted from its first, as `torch.as_strided` takes them: in one step."""
+        whole = self.tensor
+        return whole.as_strided(size, stride, int(whole.storage_offset()) + offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,15 +188,23 @@ class LiveTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordingTarget:
-    """A model to record a loader on.
+    """A model to record a loader on, and the live one that updates may be replayed into.
 
     Attributes:
-        model: has parameters of load-format shape, which carry no data.
+        model: has parameters of the names and shapes that the loader wants. Nothing is written to them: they may be the live ones.
         load: takes an iterable of (name, tensor) like the engine's own loader.
+        live: the torch module that serves; the same names.
+        excluded: modules whose parameters are not as they were loaded (packed, quantised), by path, with the reason.
+        caches: attributes of modules that hold no weights.
+        placement: changes whenever the engine moves parts of the model (experts) to other ranks.
     """
 
     model: Any
     load: Callable[[Any], Any]
+    live: Any
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    caches: frozenset[str] = frozenset()
+    placement: str = ""
 
 
 class EndpointState(Enum):

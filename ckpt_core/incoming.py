@@ -18,6 +18,7 @@ from ckpt_core.dtypes import DType
 from ckpt_core.layout import Box, Layout
 from ckpt_core.manifest import Manifest, TensorMeta
 from ckpt_core.plan import Plan, Step
+from ckpt_core.strided import row_major
 from ckpt_core.transport.base import RingReader
 
 if TYPE_CHECKING:
@@ -61,20 +62,20 @@ class RingTensor(LoadTensor):
         self._dtype = meta.dtype
         self._offset = offset_bytes // meta.dtype.itemsize
         self._shape = meta.shape if piece.box is None else piece.box.shape
-        self._strides = _row_major(self._shape)
+        self._strides = row_major(self._shape)
 
     @property
     def tensor(self) -> torch.Tensor:
         """A view of the ring, made now."""
         return self._place.typed(self._dtype).as_strided(self._shape, self._strides, self._offset)
 
-    def strided(self, shape: Sequence[int], start: Sequence[int]) -> torch.Tensor:
-        """The part of `tensor` of that shape that begins at that index, in one step instead of one per dimension."""
-        offset = self._offset + sum(map(int.__mul__, start, self._strides))
-        return self._place.typed(self._dtype).as_strided(shape, self._strides, offset)
+    def strided(self, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
+        """See LoadTensor."""
+        return self._place.typed(self._dtype).as_strided(size, stride, self._offset + offset)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# No slots: what follows from it is kept beside it.
+@dataclass(frozen=True, kw_only=True)
 class IncomingBucket:
     """What a rank takes of one bucket.
 
@@ -90,6 +91,17 @@ class IncomingBucket:
     size_bytes: int
     pieces: tuple[tuple[int, TensorMeta, int, int], ...]
     place: RingPlace
+
+    def split(self, replayed: frozenset[str]) -> tuple[tuple[LoadTensor, ...], LoadBucket, frozenset[str]]:
+        """Tensors of those names, a bucket of the others, and which of the names were there. Worked out once."""
+        known = self.__dict__.get("_split")
+        if known is None or known[0] is not replayed:
+            mine = tuple(item for item in self.load.tensors if item.name in replayed)
+            rest = tuple(item for item in self.load.tensors if item.name not in replayed)
+            parts = mine, LoadBucket(index=self.load.index, tensors=rest), frozenset(item.name for item in mine)
+            known = self.__dict__["_split"] = (replayed, parts)
+        found: tuple[tuple[LoadTensor, ...], LoadBucket, frozenset[str]] = known[1]
+        return found
 
 
 class Incoming:
@@ -151,15 +163,6 @@ def _bucket(step: Step, manifest: Manifest, boxes: dict[int, list[Box | None]], 
 
 def _touches(piece: Piece, boxes: list[Box | None]) -> bool:
     return any(box is None or piece.box is None or not box.disjoint(piece.box) for box in boxes)
-
-
-@functools.lru_cache(maxsize=4096)  # models repeat a few shapes
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, stride = [], 1
-    for length in reversed(shape):
-        strides.append(stride)
-        stride *= max(length, 1)
-    return tuple(reversed(strides))
 
 
 @functools.cache

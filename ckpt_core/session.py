@@ -115,7 +115,7 @@ class Session:
         except BaseException as error:
             if (aborted := self._undo(error)) is not None:
                 raise aborted from error
-        self.known_plan = KnownPlan(plan=plan, ranks=rank_keys(self._hellos))
+        self.known_plan = KnownPlan(plan=plan, ranks=rank_keys(self._hellos), asked=self._terms(manifest).asked)
         self._serve()
         return plan
 
@@ -184,8 +184,8 @@ class Session:
                 "disagree about its size: mend the plugin"
             )
 
-    def _agree(self, manifest: Manifest) -> Plan:
-        terms = Terms(
+    def _terms(self, manifest: Manifest) -> Terms:
+        return Terms(
             update_id=self.update_id,
             version=self._version,
             manifest=manifest,
@@ -193,9 +193,12 @@ class Session:
             config=self._config,
             device_kind=self._fleet.device_kind(),
         )
+
+    def _agree(self, manifest: Manifest) -> Plan:
+        terms = self._terms(manifest)
         agreement = Agreement(self._talk, self._agents, self._rings, self._hellos, terms, name=self._name)
         known = self._known_plan
-        if known is not None and known.fits(manifest, self._hellos, self._rings):
+        if known is not None and known.fits(terms, self._hellos, self._rings):
             with self._watch.stage(Stage.PLAN):
                 agreement.agree_on_known(known.plan)
             return known.plan

@@ -19,7 +19,7 @@ from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
 from ckpt_core.trace import Track
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 512 << 20  # a plan of a trillion parameters in 140,000 tensors takes some 30 MB
 
 
@@ -67,7 +67,12 @@ class RingSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank did in an update. Seconds of wall time, bytes as they lie in the checkpoint."""
+    """What one rank did in an update. Seconds of wall time, bytes as they lie in the checkpoint.
+
+    Attributes:
+        replayed_bytes: read by recorded copies, without the engine's loader; of `received_bytes`, which counts whole pieces.
+        recorded_share: of the bytes that the engine's loader takes: those that recorded copies could.
+    """
 
     received_bytes: int
     wait_s: float
@@ -78,6 +83,8 @@ class RankStats(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint_s: float
     retained_bytes: int
     digested_bytes: int
+    replayed_bytes: int = 0
+    recorded_share: float = 0.0
     ignored: tuple[str, ...] = ()
     tracks: tuple[Track, ...] = ()
 
@@ -119,9 +126,16 @@ class Abort(Message, frozen=True, kw_only=True):
 
 # -- controller to ranks -------------------------------------------------------------------------------------------------
 class AskLayout(Message, frozen=True, kw_only=True):
-    """Which slices of this checkpoint do you need?"""
+    """Which slices of this checkpoint do you need?
+
+    Attributes:
+        replay: write recorded slices straight into parameters, where that was proved.
+        slices: ask for these slices only; else for whole tensors, whose digests can be compared.
+    """
 
     manifest: Manifest
+    replay: bool = True
+    slices: bool = True
 
 
 class OfferPlan(Message, frozen=True, kw_only=True):

@@ -12,10 +12,8 @@ The controller's silence is an abort, too: a rank never waits for ever, and neve
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +27,11 @@ from ckpt_core.failure import describe, failure_message
 from ckpt_core.incoming import Incoming
 from ckpt_core.layout import Layout, whole_layout
 from ckpt_core.manifest import Manifest
+from ckpt_core.per_worker import PerWorker
 from ckpt_core.pipeline import receive
 from ckpt_core.plan import Plan, check_plan
 from ckpt_core.polling import Poller
+from ckpt_core.record.recorded import RecordedModel
 from ckpt_core.trace import SpanRecorder, SpanStage, TrackKind
 from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.base import RingReader
@@ -75,46 +75,22 @@ class AgreedPlan:
     incoming: Incoming
 
 
-_known: dict[int, tuple[weakref.ref[Any], AgreedPlan]] = {}  # of each worker's last committed update, by id
+_known: PerWorker[AgreedPlan] = (
+    PerWorker()
+)  # of the last committed update; whoever takes it gives it back when it holds again
+_recorded: PerWorker[RecordedModel] = PerWorker()
+_guarded: PerWorker[bool] = PerWorker()  # whose guard an update armed and none has disarmed since
 
 
-def _take_known(worker: Any) -> AgreedPlan | None:
-    """The plan of this worker's last update. Whoever takes it gives it back when it holds again."""
-    reference, agreed = _known.pop(id(worker), (None, None))
-    return agreed if reference is not None and reference() is worker else None
-
-
-def _keep_known(worker: Any, agreed: AgreedPlan) -> None:
-    """Remember the plan, but do not keep the engine alive for it."""
-    with contextlib.suppress(TypeError):  # a worker without weak references is asked anew each time
-        key = id(worker)
-        _known[key] = (weakref.ref(worker, lambda _gone: _known.pop(key, None)), agreed)
-
-
-class _Guarded:
-    """Workers whose guard an update armed and none has disarmed since; they are not kept alive for it."""
-
-    def __init__(self) -> None:
-        self._by_id: dict[int, weakref.ref[Any] | None] = {}
-
-    def add(self, worker: Any) -> None:
-        """Its weights may be mixed."""
-        key = id(worker)
-        try:
-            self._by_id[key] = weakref.ref(worker, lambda _gone: self._by_id.pop(key, None))
-        except TypeError:  # without weak references: remembered by id, for good
-            self._by_id[key] = None
-
-    def discard(self, worker: Any) -> None:
-        """Its weights are those of one checkpoint."""
-        self._by_id.pop(id(worker), None)
-
-    def holds(self, worker: Any) -> bool:
-        """Whether its weights may be mixed."""
-        return id(worker) in self._by_id
-
-
-_guarded = _Guarded()
+def _recorded_of(worker: Any, plugin: plugins.EnginePlugin) -> RecordedModel | None:
+    """What is known of this worker's loader. None where its plugin lets nobody record it."""
+    if not plugin.has("ckpt_recording_target"):
+        return None
+    recorded = _recorded.get(worker)
+    if recorded is None:
+        recorded = RecordedModel(plugin, worker)
+        _recorded.put(worker, recorded)
+    return recorded
 
 
 class _Attachment:
@@ -133,6 +109,9 @@ class _Attachment:
         self._incoming: Incoming | None = None
         self._update: Update | None = None  # set before begin is called: from then on weights may be touched
         self._phase = "attach"
+        self._recorded = _recorded_of(worker, plugin)
+        self._applier: Applier | None = None
+        self._learned = False
 
     def run(self) -> tuple[str, str]:
         """Outcome and error text of this rank."""
@@ -140,7 +119,8 @@ class _Attachment:
             offer, agreed = self._agree()
             self._load(offer, agreed)
             self._commit()
-            _keep_known(self._worker, agreed)
+            if not self._learned:  # else the next layout is another
+                _known.put(self._worker, agreed)
         except Exception as error:  # noqa: BLE001 whatever it is, the rank must be undone
             return self._undo(error).value, describe(error)
         finally:
@@ -159,7 +139,9 @@ class _Attachment:
 
     def _agree(self) -> tuple[wire.OfferPlan, AgreedPlan]:
         """Up to the agreed plan: what may be refused, is refused here."""
-        known = _take_known(self._worker)
+        known = _known.pop(self._worker)
+        if self._recorded is not None and not self._recorded.still_holds():
+            known = None
         self._line.send(
             wire.RankHello(
                 endpoint_index=self._rendezvous.endpoint_index,
@@ -171,7 +153,7 @@ class _Attachment:
         self._hook.ckpt_supports(worker=self._worker)
         first = self._line.expect(wire.AskLayout, wire.OfferPlan)
         if isinstance(first, wire.AskLayout):
-            layout = self._layout(first.manifest)
+            layout = self._layout(first)
             offer = self._line.expect(wire.OfferPlan)
             assert isinstance(offer, wire.OfferPlan)
             known = self._check(offer, first.manifest, layout)
@@ -187,9 +169,12 @@ class _Attachment:
         self._line.send(wire.PlanAgreed(digest=known.plan.digest))
         return offer, known
 
-    def _layout(self, manifest: Manifest) -> Layout:
+    def _layout(self, ask: wire.AskLayout) -> Layout:
         self._phase = "layout"
+        manifest = ask.manifest
         layout: Layout = self._hook.ckpt_layout(worker=self._worker, manifest=manifest) or whole_layout(manifest)
+        if self._recorded is not None:
+            layout = self._recorded.layout(manifest, layout, replay=ask.replay, slices=ask.slices)
         self._line.send(wire.LayoutReply(layout=layout))
         return layout
 
@@ -229,19 +214,29 @@ class _Attachment:
 
     def _load(self, offer: wire.OfferPlan, agreed: AgreedPlan) -> None:
         self._line.expect(wire.Begin)
+        replayed = self._recorded.roots if self._recorded is not None else frozenset[str]()
         update = Update(
             update_id=offer.update_id,
             version=offer.version,
             digest=offer.digest,
-            expected=agreed.incoming.names,
+            expected=agreed.incoming.names - replayed,
+            partial=bool(replayed),
+            replayed=agreed.incoming.names & replayed,
         )
         begin_s = self._begin(update)
         digests = offer.digests if offer.verify == VerifyLevel.ARRIVAL.value else None
         tracks = ProcessTracks(f"rank {self._info.rank}", TrackKind.RANK, wanted=offer.trace)
         if offer.trace and self._readers:
             tracks.timer = self._readers[0].timer()
-        applier = Applier(
-            self._plugin, self._worker, update, agreed.incoming, digests, spans=tracks.spans, timer=tracks.timer
+        applier = self._applier = Applier(
+            self._plugin,
+            self._worker,
+            update,
+            agreed.incoming,
+            digests,
+            recorded=self._recorded,
+            spans=tracks.spans,
+            timer=tracks.timer,
         )
         self._phase = "load"
         wait_s = self._receive(offer, agreed.plan, applier, tracks.spans)
@@ -249,6 +244,7 @@ class _Attachment:
         start = time.perf_counter()
         with tracks.spans.timed(SpanStage.FINISH):
             self._hook.ckpt_finish(worker=self._worker, update=update)
+            self._learned = self._recorded is not None and self._recorded.finish()
         finish_s = time.perf_counter() - start
         self._phase = "verify"
         with tracks.spans.timed(SpanStage.FINGERPRINT):
@@ -263,6 +259,8 @@ class _Attachment:
             fingerprint_s=fingerprint_s,
             retained_bytes=applier.retained_bytes,
             digested_bytes=applier.digested_bytes,
+            replayed_bytes=applier.replayed_bytes,
+            recorded_share=self._recorded.recorded_share if self._recorded is not None else 0.0,
             ignored=tuple(applier.ignored),
             tracks=tracks.take(),
         )
@@ -274,11 +272,15 @@ class _Attachment:
         self._phase = "begin"
         self._update = update
         start = time.perf_counter()
+        if self._recorded is not None:
+            self._recorded.begin()
         try:
             self._hook.ckpt_begin(worker=self._worker, update=update)
         except EngineStateError:
             self._update = None  # a refusal, which by contract changed nothing
             raise
+        if self._recorded is not None:
+            self._recorded.start_replay()
         return time.perf_counter() - start
 
     def _receive(self, offer: wire.OfferPlan, plan: Plan, applier: Applier, spans: SpanRecorder) -> float:
@@ -309,7 +311,7 @@ class _Attachment:
         self._phase = "commit"
         self._line.expect(wire.Commit)
         self._hook.ckpt_poison(worker=self._worker, cause=None)
-        _guarded.discard(self._worker)
+        _guarded.pop(self._worker)
         self._line.send(wire.Committed())
 
     def _undo(self, error: Exception) -> AbortOutcome:
@@ -328,15 +330,17 @@ class _Attachment:
 
     def _abort(self, update: Update, error: Exception) -> AbortOutcome:
         cause = f"update {update.update_id} failed in {self._phase}: {describe(error)}"
-        before = _guarded.holds(self._worker)
+        before = _guarded.get(self._worker) is not None
         armed = self._arm(cause)
         try:
             outcome = self._hook.ckpt_abort(worker=self._worker, update=update, cause=cause)
             if not isinstance(outcome, AbortOutcome):
                 raise EngineError(f"ckpt_abort must return an AbortOutcome, got {outcome!r}")
+            if outcome is AbortOutcome.UNTOUCHED and self._applier is not None and self._applier.wrote:
+                outcome = AbortOutcome.RELOADABLE  # the plugin does not know of what was written past it
             if outcome is AbortOutcome.UNTOUCHED and not before:
                 self._hook.ckpt_poison(worker=self._worker, cause=None)
-                _guarded.discard(self._worker)
+                _guarded.pop(self._worker)
                 return outcome
         except Exception:  # noqa: BLE001 POISONED is the answer to any failure here
             _log.exception("abort failed; the weights of rank %d are not known to be any checkpoint", self._info.rank)
@@ -347,7 +351,7 @@ class _Attachment:
 
     def _arm(self, cause: str) -> bool:
         """Arm the guard. Where that fails, the engine must still be aborted."""
-        _guarded.add(self._worker)
+        _guarded.put(self._worker, True, for_good=True)
         try:
             self._hook.ckpt_poison(worker=self._worker, cause=cause)
         except Exception:  # noqa: BLE001 POISONED is the answer to that, below

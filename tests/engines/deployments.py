@@ -18,7 +18,7 @@ from ckpt_core.endpoint import Endpoint
 
 _LAUNCHERS = {"vllm": ("ckpt_vllm.launch", "VllmServer"), "sglang": ("ckpt_sglang.launch", "SglangServer")}
 _CACHE = Path(__file__).parents[2] / ".cache"
-_NO_TOKEN_S = 8.0
+_NO_TOKEN_S = 4.0
 INSTALLED = [
     name for name in _LAUNCHERS if name in plugins.names() and plugins.load(name).info.engine_version is not None
 ]

@@ -49,6 +49,8 @@ LINE = (
     "devices",
     "device_source",
     "limits",
+    "simulate",
+    "cost",
     "tracks",
     "staging",
     "transport",
@@ -58,6 +60,7 @@ LINE = (
     "checksum",
     "record",
     "apply",
+    "per_worker",
     "worker",
     "agent",
     "conversation",
@@ -74,6 +77,7 @@ LINE = (
     "session",
     "api",
     "render",
+    "explain",
     "cli",
 )
 LAYERS = (*FOUNDATION, *LINE)
@@ -92,6 +96,8 @@ TORCHLESS = (
     "routing",
     "routing.routed",
     "routing.views",
+    "simulate",
+    "cost",
     "contract",
     "hookspecs",
     "plugins",

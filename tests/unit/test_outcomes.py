@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from ckpt_core import wire
-from ckpt_core.agreement import KnownPlan, rank_keys
+from ckpt_core.agreement import KnownPlan, Terms, rank_keys
+from ckpt_core.config import UpdateConfig, VerifyLevel
 from ckpt_core.contract import AbortOutcome, DeviceKind, RankInfo
 from ckpt_core.dtypes import DType
 from ckpt_core.errors import Outcome
@@ -60,20 +61,28 @@ def manifest(rows):
     return Manifest(tensors=(TensorMeta(name="w", dtype=DType.BF16, shape=(rows, 8)),))
 
 
+def terms(rows, **options):
+    made = manifest(rows)
+    config = UpdateConfig(**options)
+    return Terms(update_id="u", version="v", manifest=made, structure=made, config=config, device_kind=DeviceKind.CPU)
+
+
 RINGS = (wire.RingOffer(owner=0, device="cpu", handle="", size_bytes=4096, control_path=""),)
 
 
 def test_a_plan_is_known_only_to_the_same_ranks_for_the_same_shapes():
     plan = make_plan(manifest(4), [whole_layout(manifest(4))] * 3, agents=1, ring_bytes=4096, bucket_bytes=4096)
     mine = {peer: hello(i // 2, i % 2, known=plan.digest) for i, peer in enumerate((b"a", b"b", b"c"))}
-    known = KnownPlan(plan=plan, ranks=rank_keys(mine))
-    assert known.fits(manifest(4), mine, RINGS)
-    assert not known.fits(manifest(5), mine, RINGS)
+    known = KnownPlan(plan=plan, ranks=rank_keys(mine), asked=terms(4).asked)
+    assert known.fits(terms(4), mine, RINGS)
+    assert not known.fits(terms(5), mine, RINGS)
+    assert not known.fits(terms(4, replay=False), mine, RINGS)
+    assert not known.fits(terms(4, verify=VerifyLevel.NONE), mine, RINGS)
     small = msgspec.structs.replace(RINGS[0], size_bytes=plan.ring_bytes - 1)
-    assert not known.fits(manifest(4), mine, (small,))
-    assert not known.fits(manifest(4), {**mine, b"c": hello(1, 0, known="")}, RINGS)  # forgot it
-    assert not known.fits(manifest(4), {**mine, b"c": hello(1, 0, instance="restarted", known=plan.digest)}, RINGS)
-    assert not known.fits(manifest(4), {peer: mine[peer] for peer in (b"a", b"b")}, RINGS)
+    assert not known.fits(terms(4), mine, (small,))
+    assert not known.fits(terms(4), {**mine, b"c": hello(1, 0, known="")}, RINGS)  # forgot it
+    assert not known.fits(terms(4), {**mine, b"c": hello(1, 0, instance="restarted", known=plan.digest)}, RINGS)
+    assert not known.fits(terms(4), {peer: mine[peer] for peer in (b"a", b"b")}, RINGS)
 
 
 @pytest.mark.parametrize("before", [True, False])

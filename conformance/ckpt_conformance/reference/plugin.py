@@ -19,6 +19,7 @@ from ckpt_core.contract import (
     LoadReport,
     PauseMode,
     RankInfo,
+    RecordingTarget,
     Rendezvous,
     Update,
 )
@@ -37,14 +38,12 @@ ENGINE = "reference"
 
 _NO_DRAFT = not_implemented("the engine has no draft model")
 _NO_LORA = not_implemented("the engine has no adapters")
-_NO_RECORDING = not_implemented("the layout is whole tensors; recording comes later")
 _CAPABILITIES: Mapping[Capability, Support] = {
     **dict.fromkeys(Capability, FULL),
     Capability.PARTIAL_UPDATE: Support(level=Level.FULL, detail="a quantised module must arrive whole"),
     Capability.STABLE_ADDRESSES: Support(level=Level.FULL, detail="except over sleep and wake"),
     Capability.DRAFT_MODEL: _NO_DRAFT,
     Capability.LORA: _NO_LORA,
-    Capability.RECORDED_LAYOUT: _NO_RECORDING,
 }
 
 
@@ -100,6 +99,12 @@ def ckpt_layout(worker: Worker, manifest: Manifest) -> Layout:
         unknown=tuple(sorted(given.keys() - table.keys() - ignored)),
         mismatched=tuple(mismatched),
     )
+
+
+@hookimpl
+def ckpt_recording_target(worker: Worker) -> RecordingTarget:
+    """A model on the meta device, whose loader is the live one's."""
+    return worker.recording_target()
 
 
 @hookimpl

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from ckpt_core.contract import (
     LiveTensor,
     LoadReport,
     PauseMode,
+    RecordingTarget,
     Rendezvous,
     Update,
 )
@@ -89,6 +91,7 @@ class Worker:
         self._mixed_before: str | None = None
         self._arrived: set[str] = set()
         self._sequence_id = 0
+        self._blank: CausalLM | None = None
 
     # -- state ---------------------------------------------------------------------------
     @property
@@ -281,10 +284,24 @@ class Worker:
         self.model.process_weights_after_loading()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        if update.replayed:
+            self._touched = update
         # a partial update over mixed weights mends only what it brought
-        complete = self._arrived >= self.model.table.keys()
+        complete = self._arrived | update.replayed >= self.model.table.keys()
         self.mixed_cause = None if complete else self._mixed_before
         self.updating, self._finished = None, True
+
+    def recording_target(self) -> RecordingTarget:
+        """The model once more, without data, and the live one."""
+        if self._blank is None:
+            context = replace(self.model.context, device=torch.device("meta"))
+            self._blank = CausalLM(self.model.config, context)
+        quantised = {
+            path: "its weight is quantised after loading"
+            for path, layer in self.model.loadable_layers()
+            if any(spec.quantised for spec in layer.specs.values())
+        }
+        return RecordingTarget(model=self._blank, load=self._blank.load_weights, live=self.model, excluded=quantised)
 
     def abort_update(self, update: Update, cause: str) -> AbortOutcome:
         """Stop an update, in any state, as often as one likes. A new one can begin afterwards."""

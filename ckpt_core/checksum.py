@@ -1,0 +1,73 @@
+"""A sum over elements that depends on their bits and places: equal sums, equal tensors, in whatever parts they came.
+
+Each element's bits and place are mixed to 64 bits (multiply and xor-shift, as in splitmix64, Steele et al. 2014) and added up,
+so parts may come in any order and add to the whole. Written with torch: the same value on CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ckpt_core.strided import Strided
+
+_PLACE = -7046029254386353131  # 0x9E3779B97F4A7C15
+_FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_SECOND = -7723592293110705685  # 0x94D049BB133111EB
+_MOST_ELEMENTS = 1 << 21  # of one step: temporaries are 8 bytes an element
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORD = 1 << 64
+
+
+def checksum(values: torch.Tensor, places: Strided | None = None) -> int:
+    """Sum of a tensor, or of a part of one.
+
+    Args:
+        values: of any strides, at most 8 bytes an element.
+        places: flat positions in the whole, of the shape of `values`; None: as in a contiguous tensor.
+
+    Returns:
+        An unsigned 64-bit number; add those of parts modulo 2**64.
+    """
+    places = places or Strided.whole(values.shape)
+    total = 0
+    for part, where in _steps(values.detach(), places):
+        total += int(_sum(part, where))
+    return total % _WORD
+
+
+def add(first: int, second: int) -> int:
+    """Sum of two parts."""
+    return (first + second) % _WORD
+
+
+def _steps(values: torch.Tensor, places: Strided) -> list[tuple[torch.Tensor, Strided]]:
+    """Cut along the first dimension until each part is small enough."""
+    if values.numel() <= _MOST_ELEMENTS or not values.dim():
+        return [(values, places)] if values.numel() else []
+    d = next(d for d, n in enumerate(values.shape) if n > 1)
+    half = values.shape[d] // 2
+    found = []
+    for first, count in ((0, half), (half, values.shape[d] - half)):
+        size = (*places.size[:d], count, *places.size[d + 1 :])
+        part = Strided(offset=places.offset + first * places.stride[d], size=size, stride=places.stride)
+        found += _steps(values.narrow(d, first, count), part)
+    return found
+
+
+def _sum(values: torch.Tensor, places: Strided) -> torch.Tensor:
+    device = values.device
+    bits = values.contiguous().view(_BITS[values.element_size()]).to(torch.int64)
+    where = torch.full((1,) * values.dim(), places.offset + 1, dtype=torch.int64, device=device)
+    for d, (n, stride) in enumerate(zip(places.size, places.stride, strict=True)):
+        shape = [1] * values.dim()
+        shape[d] = n
+        where = where + (torch.arange(n, dtype=torch.int64, device=device) * stride).view(shape)
+    mixed = where * _PLACE + bits
+    mixed = (mixed ^ _right(mixed, 30)) * _FIRST
+    mixed = (mixed ^ _right(mixed, 27)) * _SECOND
+    return (mixed ^ _right(mixed, 31)).sum()
+
+
+def _right(values: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical shift of signed numbers."""
+    return (values >> by) & ((1 << (64 - by)) - 1)

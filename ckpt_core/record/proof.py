@@ -1,0 +1,126 @@
+"""Proves, by one full update, that copies alone would have left the live model as the engine's loader left it.
+
+A component is proved if all its parameters changed, every one of them holds exactly the recorded slices and constants, storage
+stayed where it was, and nothing else of the model changed: no permuted block, no derived matrix, no moved expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ckpt_core.checksum import add, checksum
+from ckpt_core.contract import LoadTensor
+from ckpt_core.record.components import Component
+from ckpt_core.record.pieces import piece_span
+from ckpt_core.record.recording import Fill, Recording
+from ckpt_core.record.watch import named_tensors, other_tensors
+
+_MOST_TRIES = 3  # watching costs as much as several updates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Attributes:
+    proved: components that may be replayed from now on.
+    why_not: reason for each of the others, by one of its parameters.
+    """
+
+    proved: tuple[Component, ...]
+    why_not: dict[str, str]
+
+
+@dataclass(slots=True, kw_only=True)
+class Proof:
+    """Watches one full update of a model."""
+
+    recording: Recording
+    components: Sequence[Component]
+    model: torch.nn.Module
+    ignored: Collection[str]
+    _tries: int = 0
+    _arrived: dict[str, int] = field(default_factory=dict)
+    _before: dict[str, int] = field(default_factory=dict)
+    _others: dict[str, int] = field(default_factory=dict)
+    _places: dict[str, int] = field(default_factory=dict)
+    _dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def worth_a_try(self) -> bool:
+        """Whether another update may prove what the last ones did not."""
+        return self._tries < _MOST_TRIES and any(not component.why_not for component in self.components)
+
+    def begin(self) -> None:
+        """Before the loader is called for the first time."""
+        self._tries += 1
+        for sums in (self._arrived, self._before, self._places):
+            sums.clear()
+        named = named_tensors(self.model)
+        for component in self.components:
+            if not component.why_not:
+                for name in component.parameters:
+                    self._before[name] = checksum(named[name])
+                    self._places[name] = named[name].data_ptr()
+        self._dtypes = {name: tensor.dtype for name, tensor in named.items()}
+        self._others = self._sums_of_others()
+
+    def arrived(self, item: LoadTensor) -> None:
+        """A tensor, or a part of one, is about to be loaded."""
+        copies = self.recording.copies_of.get(item.name, ())
+        if not any(copy.parameter in self._before for copy in copies):
+            return
+        first, count = piece_span(item, self.recording.shapes[item.name])
+        for copy in copies:
+            if copy.parameter not in self._before:
+                continue
+            for part in copy.source.parts_within(first, first + count):
+                source, destination = copy.source.block(part).shifted(-first), copy.destination.block(part)
+                values = item.strided(source.size, source.stride, source.offset).view(copy.dtype)
+                self._add(copy.parameter, checksum(values.to(self._dtypes[copy.parameter]), destination))
+
+    def finish(self) -> Verdict:
+        """After the loader and all processing are done."""
+        named = named_tensors(self.model)
+        changed = sorted(name for name, value in self._sums_of_others().items() if self._others.get(name) != value)
+        for fill in self.recording.fills:
+            if fill.parameter in self._before:
+                self._add(fill.parameter, _sum_of_fill(fill, named[fill.parameter]))
+        proved, why_not = [], {}
+        for component in self.components:
+            why = component.why_not or (f"{changed[0]} changed with the weights" if changed else "")
+            why = why or next(filter(None, (self._why_not(name, named) for name in sorted(component.parameters))), "")
+            if why:
+                why_not[min(component.parameters | component.roots)] = why
+            else:
+                proved.append(component)
+        return Verdict(proved=tuple(proved), why_not=why_not)
+
+    def _why_not(self, name: str, named: dict[str, torch.Tensor]) -> str:
+        now = named.get(name)
+        if now is None or now.data_ptr() != self._places[name]:
+            return f"{name} got other memory"
+        value = checksum(now)
+        if value != self._arrived.get(name):
+            return f"{name} is not what was copied into it"
+        if value == self._before[name]:
+            return f"{name} did not change: this update proves nothing about it"
+        return ""
+
+    def _add(self, name: str, value: int) -> None:
+        self._arrived[name] = add(self._arrived.get(name, 0), value)
+
+    def _sums_of_others(self) -> dict[str, int]:
+        named = named_tensors(self.model)
+        loaded = {copy.parameter for copy in self.recording.copies}
+        loaded |= {name for names in self.recording.reaches.values() for name in names}
+        known = {name: tensor for name, tensor in named.items() if name in loaded}
+        others = other_tensors(self.model, known, self.ignored)
+        return {name: checksum(held.holder[held.key]) for name, held in others.items()}
+
+
+def _sum_of_fill(fill: Fill, live: torch.Tensor) -> int:
+    region = fill.destination
+    values = torch.full(region.size, fill.value, dtype=live.dtype, device=live.device)
+    return checksum(values, region)

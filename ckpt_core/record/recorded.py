@@ -1,0 +1,182 @@
+"""What is known of one engine rank's loader, kept between its updates: the recording, the proof, the replay."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ckpt_core.checksum import checksum
+from ckpt_core.contract import LoadTensor, RecordingTarget
+from ckpt_core.layout import Layout, LayoutEntry
+from ckpt_core.manifest import Manifest
+from ckpt_core.plugins import EnginePlugin
+from ckpt_core.record.components import components
+from ckpt_core.record.proof import Proof, Verdict
+from ckpt_core.record.recorder import record
+from ckpt_core.record.recording import Recording
+from ckpt_core.record.replay import Replay
+from ckpt_core.record.watch import named_tensors, other_tensors
+
+_log = logging.getLogger(__name__)
+_NONE: frozenset[str] = frozenset()
+
+
+class RecordedModel:
+    """Of one worker. Every update either goes through the engine's loader and is watched, or is replayed as far as proved.
+
+    Attributes:
+        recording: of the last structure; None before the first.
+        verdict: of the last watched update.
+    """
+
+    def __init__(self, plugin: EnginePlugin, worker: Any) -> None:
+        self._hook = plugin.hook
+        self._worker = weakref.ref(worker)  # this is kept as long as the worker lives, and not the other way round
+        self._structure = ""
+        self._proof: Proof | None = None
+        self._replay: Replay | None = None
+        self._conditions: _Conditions | None = None
+        self._active = True
+        self._watched = False
+        self.recording: Recording | None = None
+        self.verdict: Verdict | None = None
+
+    @property
+    def roots(self) -> frozenset[str]:
+        """Checkpoint tensors that this update replays: the same object as long as these are the same."""
+        return _NONE if self._replay is None or not self._active else self._replay.roots
+
+    @property
+    def recorded_share(self) -> float:
+        """Of the bytes that the loader takes: how many are pure copies."""
+        return 0.0 if self.recording is None else self.recording.recorded_share
+
+    def still_holds(self) -> bool:
+        """Whether the engine is as it was when the replay was proved. Drops the replay where it is not."""
+        if self._replay is None:
+            return True
+        target = self._target()
+        if (
+            target is not None
+            and self._conditions is not None
+            and self._conditions.hold(target)
+            and self._replay.holds_for(named_tensors(target.live))
+        ):
+            return True
+        _log.info("the engine changed since its loader was recorded: it loads by itself again")
+        self.forget()
+        return False
+
+    def forget(self) -> None:
+        """The next update starts anew."""
+        self._structure, self._proof, self._replay, self.recording = "", None, None, None
+
+    def layout(self, manifest: Manifest, plain: Layout, *, replay: bool, slices: bool) -> Layout:
+        """What is needed once loaders are known: parts of what is replayed, nothing of what the loader does not want.
+
+        Args:
+            plain: what the plugin asks for.
+            replay: else the loader is used, and not watched.
+            slices: ask only for the recorded slices; else for whole tensors, in parts.
+        """
+        self._active = replay
+        target = self._target() if replay else None
+        if target is None:
+            return plain
+        if self._structure != manifest.structure_digest:
+            self._record(target, manifest)
+        if self._replay is None or self.recording is None:
+            return plain
+        return refined(plain, self.recording, self._replay.roots, slices=slices)
+
+    def begin(self) -> None:
+        """Right before the engine's begin hook."""
+        self._watched = self._active and self._replay is None and self._proof is not None and self._proof.worth_a_try
+        if self._watched and self._proof is not None:
+            self._proof.begin()
+
+    def start_replay(self) -> None:
+        """Right after it."""
+        if self.roots and self._replay is not None:
+            self._replay.fill()
+
+    def load(self, index: int, items: tuple[LoadTensor, ...]) -> int:
+        """Replay these pieces of bucket `index`. Bytes read."""
+        assert self._replay is not None
+        return self._replay.load(index, items)
+
+    def arrived(self, items: Sequence[LoadTensor]) -> None:
+        """These are about to be given to the engine's loader."""
+        if self._watched and self._proof is not None:
+            for item in items:
+                self._proof.arrived(item)
+
+    def finish(self) -> bool:
+        """Right after the engine's finish hook. Whether there is something to replay from now on that was not before."""
+        if not self._watched or self._proof is None or self.recording is None:
+            return False
+        self._watched = False
+        self.verdict = self._proof.finish()
+        proved = self.verdict.proved
+        for name, why in list(self.verdict.why_not.items())[:4]:
+            _log.info("not replayed: %s (%s)", name, why)
+        target = self._target()
+        if not proved or target is None:
+            return False
+        named = named_tensors(target.live)
+        parameters = {name: named[name] for component in proved for name in component.parameters}
+        roots: frozenset[str] = frozenset().union(*(component.roots for component in proved))
+        self._replay, self._conditions = Replay(self.recording, parameters, roots), _Conditions(target)
+        return True
+
+    def _record(self, target: RecordingTarget, manifest: Manifest) -> None:
+        self.forget()
+        device = next((tensor.device for tensor in named_tensors(target.live).values()), torch.device("cpu"))
+        self.recording = record(target, manifest, device=device)
+        self._structure = manifest.structure_digest
+        sizes = {name: tensor.numel() for name, tensor in named_tensors(target.live).items()}
+        found = components(self.recording, sizes, target.excluded)
+        self._proof = Proof(recording=self.recording, components=found, model=target.live, ignored=target.caches)
+
+    def _target(self) -> RecordingTarget | None:
+        target: RecordingTarget | None = self._hook.ckpt_recording_target(worker=self._worker())
+        return target
+
+
+def refined(plain: Layout, recording: Recording, replayed: Collection[str], *, slices: bool) -> Layout:
+    """A layout with parts (or recorded slices) of the tensors that are replayed; the others stay as they are."""
+    entries: list[LayoutEntry] = []
+    needed = recording.needed
+    for entry in plain.entries:
+        if entry.tensor in replayed:
+            boxes = recording.boxes_of(entry.tensor) if slices else (None,)
+            entries += [LayoutEntry(tensor=entry.tensor, box=box, group=entry.group, cut=True) for box in boxes]
+        elif entry.tensor in needed or entry.tensor not in recording.shapes:
+            entries.append(entry)
+    return replace(plain, entries=tuple(entries))
+
+
+class _Conditions:
+    """What must stay as it is for a replay to be right: placement, and every table of whole numbers (expert maps)."""
+
+    def __init__(self, target: RecordingTarget) -> None:
+        others = other_tensors(target.live, {}, target.caches)
+        self._tables = [held for held in others.values() if _is_table(held.tensor)]
+        self._before = self._now(target)
+
+    def hold(self, target: RecordingTarget) -> bool:
+        """Whether they are as they were."""
+        return self._now(target) == self._before
+
+    def _now(self, target: RecordingTarget) -> tuple[object, ...]:
+        tables = [None if held.tensor is None else checksum(held.tensor) for held in self._tables]
+        return target.placement, dict(target.excluded), tables
+
+
+def _is_table(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and not tensor.is_floating_point() and not tensor.is_complex()
