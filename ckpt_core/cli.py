@@ -21,8 +21,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.table import Table
 
 from ckpt_core import api, plugins, render
+from ckpt_core import explain as explanation
 from ckpt_core import limits as machine_limits
 from ckpt_core.config import MIB, Environment, UpdateConfig, VerifyLevel
 from ckpt_core.contract import EndpointState, PauseMode
@@ -33,7 +35,7 @@ from ckpt_core.errors import CkptError, ConfigError, EngineError, UpdateAborted
 from ckpt_core.layout import whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import Stage
-from ckpt_core.plan import make_plan
+from ckpt_core.plan import Plan, make_plan
 from ckpt_core.source import open_checkpoint
 from ckpt_core.staging import HostPool
 from ckpt_core.timeline import draw
@@ -156,7 +158,12 @@ def plan(
     agents: Annotated[int, typer.Option(min=0, help="Number of agents; 0 for one per rank.")] = 0,
     ring_mib: Annotated[int, typer.Option(min=1, help="Ring of each agent, MiB.")] = 16,
     bucket_mib: Annotated[int, typer.Option(min=1, help="Bytes that travel together, MiB.")] = 4,
-    explain: Annotated[bool, typer.Option("--explain", help="List every bucket.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="List every bucket, and the ways to move them.")] = False,
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts that the ranks are on, for --explain.")] = 1,
+    lanes: Annotated[
+        list[str] | None,
+        typer.Option(help="For --explain: what `ckpt limits --json` wrote, or pcie=, peer=, nic= GB/s. Repeatable."),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Plan an update in which every rank takes every tensor, without touching an engine."""
@@ -168,11 +175,22 @@ def plan(
         ring_bytes=ring_mib * MIB,
         bucket_bytes=min(bucket_mib, ring_mib) * MIB,
     )
+    ways = _explained(made, manifest, hosts, lanes or []) if explain else []
     if json is None or str(json) != "-":
         _out.print(render.plan_table(made))
         if explain:
             _out.print(render.plan_explanation(made, manifest))
+        for table in ways:
+            _out.print(table)
     _write_json(json, msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n")
+
+
+def _explained(made: Plan, manifest: Manifest, hosts: int, lanes: list[str]) -> list[Table]:
+    known = machine_limits.load(Environment.read().cache_root, machine_limits.identify())
+    speeds, source = explanation.lane_speeds(lanes, known, agents=made.agents, receivers=made.receivers)
+    if hosts == 1:
+        return [explanation.one_host_table(made, speeds, source)]
+    return explanation.many_hosts_tables(manifest, ranks=made.receivers, hosts=hosts, speeds=speeds, source=source)
 
 
 @app.command()

@@ -21,8 +21,9 @@ def natural_order(manifest: Manifest) -> Ints:
     if text.count(_END) != len(names) - 1:  # no names at all, or one with a line break
         return ints(sorted(range(len(names)), key=lambda index: (natural_key(names[index]), names[index])))
     parts = text.split(".")  # one flat list: a list per name costs more in garbage collection than all the rest
-    components = sorted(set(parts) - {_END}, key=lambda part: (natural_key(part), part))
-    rank = {part: number for number, part in enumerate(components, start=1)} | {_END: 0}
+    keys_of = {part: natural_key(part) for part in set(parts) - {_END}}
+    different = {key: number for number, key in enumerate(sorted(set(keys_of.values())), start=1)}
+    rank = {part: different[key] for part, key in keys_of.items()} | {_END: 0}
     ranks = np.fromiter(map(rank.__getitem__, parts), dtype=np.int32, count=len(parts))
     ends = np.flatnonzero(ranks == 0)
     begins = np.concatenate([[0], ends + 1])

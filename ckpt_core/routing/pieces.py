@@ -14,9 +14,10 @@ from ckpt_core.bucket import ALIGN_BYTES
 from ckpt_core.layout import Box
 from ckpt_core.manifest import Manifest
 from ckpt_core.routing.cells import cells
-from ckpt_core.routing.columns import Ints, ints, ranges, starts_of, sums
+from ckpt_core.routing.columns import Ints, ints, ranges, starts_of
 from ckpt_core.routing.host_classes import HostClasses
 from ckpt_core.routing.needs import Patterns
+from ckpt_core.routing.topology import Topology
 
 _PIECES_PER_BUCKET = 4
 
@@ -81,7 +82,7 @@ def cut_pieces(manifest: Manifest, patterns: Patterns, hosts: HostClasses, order
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """Pieces in buckets. Buckets are in the order of consumption; those of one lane arrive in it.
+    """Pieces in buckets, in the order of the checkpoint's modules.
 
     Attributes:
         pieces: sorted by bucket.
@@ -98,28 +99,27 @@ class Packed:
     holders: Ints
 
 
-def pack(pieces: Pieces, holder_of: Ints, *, bucket_bytes: int, window_bytes: int) -> Packed:
+def pack(pieces: Pieces, topology: Topology, *, bucket_bytes: int, window_bytes: int) -> Packed:
     """Fill buckets evenly: those of one holder and one receiver set, in one window, differ by a piece at most.
 
     Args:
-        holder_of: holder set of each tensor.
+        topology: who holds which tensor.
         window_bytes: stretch of the checkpoint in which buckets are filled, so that a module's bytes come close
-            together; where holders have long runs of it, buckets of all holders are taken in turn instead.
+            together.
     """
+    holder_of = topology.holder_of
     padded = -(-pieces.size_bytes // ALIGN_BYTES) * ALIGN_BYTES
     holders = holder_of[pieces.tensor]
     window = starts_of(padded)[:-1] // max(window_bytes, 1)
     kinds = int(holders.max(initial=0)) + 1
-    mixed = _are_mixed(window, holders, kinds)
-    if not mixed:
-        window = np.zeros_like(window)
     key = (window * kinds + holders) * len(pieces.receiver_sets) + pieces.receivers
     bucket = _fill(key, padded, bucket_bytes)
-    order = _consumption(bucket, holders, padded, mixed=mixed)
+    _, first = np.unique(bucket, return_index=True)
+    order = np.empty(len(first), dtype=np.int64)
+    order[np.argsort(first, kind="stable")] = np.arange(len(first))
     bucket = order[bucket]
     by_bucket = np.argsort(bucket, kind="stable")
-    number = len(order)
-    first_piece = starts_of(np.bincount(bucket, minlength=number))
+    first_piece = starts_of(np.bincount(bucket, minlength=len(first)))
     ends = starts_of(padded[by_bucket])
     return Packed(
         pieces=Pieces(
@@ -138,12 +138,6 @@ def pack(pieces: Pieces, holder_of: Ints, *, bucket_bytes: int, window_bytes: in
     )
 
 
-def _are_mixed(window: Ints, holders: Ints, kinds: int) -> bool:
-    """Whether most holders have something in most windows."""
-    windows = int(window.max(initial=0)) + 1
-    return bool(2 * len(np.unique(window * kinds + holders)) >= windows * len(np.unique(holders)))
-
-
 def _fill(key: Ints, padded: Ints, bucket_bytes: int) -> Ints:
     """Bucket of each piece: each key's bytes are cut into equal lengths, at the next piece."""
     by_key = np.argsort(key, kind="stable")
@@ -158,21 +152,3 @@ def _fill(key: Ints, padded: Ints, bucket_bytes: int) -> Ints:
     bucket = np.empty(len(key), dtype=np.int64)
     bucket[by_key] = filled.reshape(-1)
     return bucket
-
-
-def _consumption(bucket: Ints, holders: Ints, padded: Ints, *, mixed: bool) -> Ints:
-    """Place in the order of consumption of each bucket: by its first piece, or all holders in turn."""
-    _, first = np.unique(bucket, return_index=True)
-    if mixed:
-        by_place = np.argsort(first, kind="stable")
-    else:
-        size = sums(bucket, padded, len(first))
-        by_holder = np.lexsort((first, holders[first]))
-        sent = starts_of(size[by_holder])[:-1]
-        _, begin, group = np.unique(holders[first][by_holder], return_index=True, return_inverse=True)
-        progress = np.empty(len(first), dtype=np.int64)
-        progress[by_holder] = sent - sent[begin][group.reshape(-1)]
-        by_place = np.lexsort((first, progress))
-    order = np.empty(len(first), dtype=np.int64)
-    order[by_place] = np.arange(len(first))
-    return order

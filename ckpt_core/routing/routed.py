@@ -21,7 +21,7 @@ from ckpt_core.routing.pieces import Packed, cut_pieces, pack
 from ckpt_core.routing.topology import STRIPE_BYTES, Topology
 
 _GB = 1e9
-_LARGEST_BUCKET_BYTES = 32 << 20
+_LARGEST_BUCKET_BYTES = 16 << 20
 _BUCKETS_PER_LANE = 64
 
 
@@ -61,7 +61,7 @@ class RoutedPlan:
         packed, lanes = self.packed, self.lanes
         pieces = packed.pieces
         columns = (pieces.tensor, pieces.box, packed.offset_bytes, packed.first_piece, packed.receivers, packed.holders)
-        for column in (*columns, lanes.owner, lanes.owner_nic, lanes.chain_start, lanes.nic, lanes.gpu):
+        for column in (*columns, lanes.owner, lanes.owner_nic, lanes.chain_start, lanes.slot, lanes.nic, lanes.gpu):
             state.update(column.tobytes())
         state.update(repr((pieces.boxes, pieces.receiver_sets, self.topology.holder_sets)).encode())
         return state.hexdigest()
@@ -109,7 +109,7 @@ def make_routed_plan(
         manifest: the checkpoint; contents do not matter.
         classes: what the ranks of each class need.
         topology: hosts, ranks and who has which tensor.
-        bucket_bytes: largest bucket; by default 32 MiB, less where lanes would get too few to be even.
+        bucket_bytes: largest bucket; by default 16 MiB, less where lanes would get too few to be even.
         order: of the manifest's tensors; by default `natural_order`.
 
     Raises:
@@ -123,7 +123,7 @@ def make_routed_plan(
     order = natural_order(manifest) if order is None else order
     pieces = cut_pieces(manifest, patterns, hosts, order, bucket_bytes=size)
     window = min(STRIPE_BYTES, max(manifest.size_bytes, 1)) * len(topology.holder_sets)
-    packed = pack(pieces, topology.holder_of, bucket_bytes=size, window_bytes=window)
+    packed = pack(pieces, topology, bucket_bytes=size, window_bytes=window)
     rings = Rings(hosts=hosts, receiver_sets=pieces.receiver_sets, holder_sets=topology.holder_sets)
     lanes = assign_lanes(packed, hosts, topology, rings)
     _check_reachable(lanes, topology)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,13 +104,15 @@ def uniform(
 def striped(manifest: Manifest, order: Ints, holders: int, *, stripe_bytes: int = STRIPE_BYTES) -> Ints:
     """`holder_of` for a checkpoint dealt to holders in stripes of consecutive tensors.
 
-    Stripes of model order keep all holders sending all the time, and modules together.
+    Stripes keep modules together, and each holder has something for all receivers: neighbouring stripes, which the same
+    receivers need, go to holders far from each other (steps of the golden ratio).
     """
     sizes = ints(manifest.sizes_bytes)[order]
     total = int(sizes.sum())
     stripes = max(1, min(stripe_bytes, -(-total // holders)))
+    step = next(step for step in range(max(1, round(holders * 0.618)), 2 * holders + 1) if math.gcd(step, holders) == 1)
     holder_of = np.zeros(len(order), dtype=np.int64)
-    holder_of[order] = starts_of(sizes)[:-1] // stripes % holders
+    holder_of[order] = starts_of(sizes)[:-1] // stripes % holders * step % holders
     return holder_of
 
 

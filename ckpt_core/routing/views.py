@@ -16,10 +16,10 @@ from ckpt_core.routing.routed import RoutedPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostView:
-    """What one host does, in order. NONE where it does not apply.
+    """What one host does, in the order of its lanes. NONE where it does not apply.
 
     Attributes:
-        buckets: that it receives, or takes from its own pool.
+        buckets: that it receives, or takes from its own pool, as they come.
         sender: host that each comes from; NONE for its own pool.
         nic, gpu: lane that it comes in by, and GPU whose ring it goes to.
         next_host: host that it is forwarded to, over the same NIC.
@@ -47,10 +47,11 @@ def of_host(plan: RoutedPlan, host: int) -> HostView:
     _check("host", host, plan.topology.hosts)
     kind = int(plan.hosts.of_host[host])
     buckets = _received(plan, kind)
-    sender, following = np.full(len(buckets), NONE), np.full(len(buckets), NONE)
-    for place, bucket in enumerate(buckets.tolist()):
-        sender[place], following[place] = _neighbours(plan, bucket, host)
+    found = ints([_neighbours(plan, bucket, host) for bucket in buckets.tolist()]).reshape(-1, 3)
+    comes = np.lexsort((buckets, plan.lanes.slot[buckets] + found[:, 2]))
+    buckets, sender, following = buckets[comes], found[comes, 0], found[comes, 1]
     sends = np.flatnonzero(plan.lanes.owner == host)
+    sends = sends[np.lexsort((sends, plan.lanes.slot[sends]))]
     return HostView(
         host=host,
         buckets=buckets,
@@ -71,15 +72,15 @@ def _received(plan: RoutedPlan, kind: int) -> Ints:
     return np.flatnonzero(needs[plan.packed.receivers]) if len(needs) else np.zeros(0, dtype=np.int64)
 
 
-def _neighbours(plan: RoutedPlan, bucket: int, host: int) -> tuple[int, int]:
-    """Where a bucket comes from, and where it goes next."""
+def _neighbours(plan: RoutedPlan, bucket: int, host: int) -> tuple[int, int, int]:
+    """Where a bucket comes from, where it goes next, and how many hops from its owner that is."""
     ring = plan.rings.remote(int(plan.packed.receivers[bucket]), int(plan.packed.holders[bucket]))
     at = int(np.searchsorted(ring, host))
     if at == len(ring) or ring[at] != host:
-        return NONE, NONE
+        return NONE, NONE, 0
     place = (at - int(plan.lanes.chain_start[bucket])) % len(ring)
     before = int(ring[at - 1]) if place else int(plan.lanes.owner[bucket])
-    return before, int(ring[(at + 1) % len(ring)]) if place + 1 < len(ring) else NONE
+    return before, int(ring[(at + 1) % len(ring)]) if place + 1 < len(ring) else NONE, place + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,17 @@ OPTIONS = {
     "engines": ["--json"],
     "inspect": ["--digest/--no-digest", "--json", "--tensors", "CHECKPOINT"],
     "limits": ["--json", "--seconds"],
-    "plan": ["--agents", "--bucket-mib", "--explain", "--json", "--ranks", "--ring-mib", "CHECKPOINT"],
+    "plan": [
+        "--agents",
+        "--bucket-mib",
+        "--explain",
+        "--hosts",
+        "--json",
+        "--lanes",
+        "--ranks",
+        "--ring-mib",
+        "CHECKPOINT",
+    ],
     "ready": ["--endpoint", "--engine", "--json"],
     "timeline": ["--out", "TRACE"],
     "update": [
@@ -145,9 +155,23 @@ def test_plan_explains_every_bucket(run, checkpoint):
     assert "0,1,2" in out
 
 
+def test_plan_explains_the_ways_to_move_it(run, checkpoint):
+    code, out, _ = run("plan", checkpoint, "--ranks", 2, "--explain", "--lanes", "pcie=10", "--lanes", "nic=5")
+    assert code == 0
+    text = " ".join(out.replace("│", " ").split())
+    for said in ("one-host pull", "routed collective", "P2P", "pcie=10", "bottleneck"):
+        assert said in text
+    code, out, _ = run("plan", checkpoint, "--ranks", 4, "--explain", "--hosts", 2)
+    assert code == 0
+    assert "NIC into a host" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
+        (["plan", "{model}", "--ranks", "1", "--explain", "--hosts", "2"], 2, "at least one rank on each host"),
+        (["plan", "{model}", "--ranks", "1", "--explain", "--lanes", "warp=9"], 2, "pcie, peer, nic"),
+        (["plan", "{model}", "--ranks", "1", "--explain", "--lanes", "{tmp}/none"], 2, "ckpt limits --json"),
         (["inspect", "{tmp}/none"], 3, "does not exist"),
         (["plan", "{tmp}/none", "--ranks", "1"], 3, "does not exist"),
         (["inspect", "{tmp}"], 3, "ManifestError"),
