@@ -28,16 +28,20 @@ def test_dummy_weights_become_a_fresh_start(deployment, updater_of):
 def test_ten_updates_in_a_row(deployment, updater_of):
     updater = updater_of(deployment)
     prints = {"a": set(), "b": set()}
+    shares = set()
     for number in range(10):
         which = "ba"[number % 2]
         report = updater.update(deployment.checkpoints[which], version=f"{which}{number}")
         prints[which].add(tuple(rank.fingerprint for rank in report.ranks))
+        shares.add(tuple(rank.stats.replayed_bytes / rank.stats.received_bytes for rank in report.ranks))
         prompt = deployment.checkpoints.prompts[number % len(deployment.checkpoints.prompts)]
         answer = deployment.client.generate(prompt, SHORT)
         assert answer.token_ids == deployment.fresh.short(which)[number % len(deployment.checkpoints.prompts)]
         assert {span.version for span in answer.spans} == {f"{which}{number}"}
     assert len(prints["a"]) == len(prints["b"]) == 1, "the same weights leave the same live bits, each time"
     assert deployment.answers() == deployment.fresh.tokens["a"]
+    if report.ranks[0].stats.recorded_share:
+        assert max(shares) > (0.5,) * deployment.case.tp, "what could be copied was loaded"
 
 
 @real_case

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from ckpt_conformance.bench import Bench
@@ -13,7 +14,7 @@ from ckpt_conformance.checks.registry import CheckFailed, check
 from ckpt_conformance.levels import ModelKind, Tier
 from ckpt_core.api import Updater
 from ckpt_core.capability import Capability
-from ckpt_core.config import UpdateConfig
+from ckpt_core.config import UpdateConfig, VerifyLevel
 from ckpt_core.endpoint import Endpoint
 from ckpt_core.errors import CkptError, Outcome, UpdateAborted
 
@@ -128,3 +129,31 @@ def _failure(updater: Updater, checkpoint: Any) -> CkptError:
     except CkptError as error:
         return error
     raise CheckFailed(expected="the update fails", got="it was committed")
+
+
+@check(
+    "replay_is_a_load",
+    tier=Tier.GROUP,
+    kinds=(ModelKind.PLAIN, ModelKind.TIED, ModelKind.EXPERTS, ModelKind.QUANTISED),
+    needs=(Capability.RECORDED_LAYOUT,),
+    rule="Once the engine's loader is recorded, updates by recorded copies leave exactly what the loader leaves.",
+    usual_cause="Parameters are changed after loading in a way that ckpt_recording_target does not exclude.",
+)
+def replay_is_a_load(bench: Bench) -> None:
+    """Whole tensors in parts, then slices; each update to another checkpoint. What is not replayed is loaded."""
+    worker = bench.worker()
+    with _updater(bench, [worker]) as updater:
+        for seed in (1, 2, 1):
+            report = updater.update(bench.checkpoint(seed).path, version=f"v{seed}")
+            bench.expect_fresh(worker, bench.checkpoint(seed))
+    with Updater([bench.harness.target(worker)], config=replace(_CONFIG, verify=VerifyLevel.NONE)) as updater:
+        for seed in (2, 1):
+            spoil(bench.harness.live(worker))
+            updater.update(bench.checkpoint(seed).path, version=f"v{seed}")
+            bench.expect_fresh(worker, bench.checkpoint(seed))
+    stats = report.ranks[0].stats
+    pure = bench.kind in (ModelKind.PLAIN, ModelKind.EXPERTS) and stats.recorded_share > 0
+    if pure and not stats.replayed_bytes:
+        raise CheckFailed(
+            expected="recorded copies in the third update", got="all bytes through the loader", rank=bench.rank(worker)
+        )

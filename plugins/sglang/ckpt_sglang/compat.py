@@ -194,11 +194,16 @@ def end_native(runner: Any) -> None:
 
 def load_native(runner: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
     """The engine's own loader."""
+    load_into(runner, runner.model, weights)
+
+
+def load_into(runner: Any, model: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """The loader of a model like the runner's."""
     import torch
     from sglang.srt.model_loader.utils import set_default_torch_dtype
 
     with _ALONE, torch.no_grad(), set_default_torch_dtype(runner.model_config.dtype):
-        runner.model.load_weights(weights)
+        model.load_weights(weights)
 
 
 def model_without_data(runner: Any) -> torch.nn.Module:

@@ -21,6 +21,15 @@ def live_tensors(model: Any) -> dict[str, LiveTensor]:
     return {name: item for name, item in found.items() if not _again(item.tensor.data_ptr(), seen)}
 
 
+def processed_modules(model: Any) -> dict[str, str]:
+    """Modules with parameters that are not as they were loaded, with the reason."""
+    return {
+        path: f"{type(module.quant_method).__name__} processes its weights"
+        for path, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None and not _keeps_bits(module)
+    }
+
+
 def _again(address: int, seen: set[int]) -> bool:
     if address in seen:
         return True

@@ -16,6 +16,7 @@ from ckpt_core.contract import (
     LoadReport,
     PauseMode,
     RankInfo,
+    RecordingTarget,
     Rendezvous,
     Update,
 )
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 ENGINE = "sglang"
 _CAPABILITIES: Mapping[Capability, Support] = {
     Capability.PARTIAL_UPDATE: FULL,
-    Capability.RECORDED_LAYOUT: not_implemented("tensors come whole"),
+    Capability.RECORDED_LAYOUT: Support(level=Level.FULL, detail="not with a draft model"),
     Capability.QUANTIZED: not_implemented(
         "post-processing is called, but on CPUs SGLang quantises (fp8, w8a8_int8) with AMX only, so it was never run"
     ),
@@ -90,6 +91,12 @@ def ckpt_supports(worker: SglangRank) -> None:
 def ckpt_layout(worker: SglangRank, manifest: Manifest) -> Layout:
     """Whole tensors that the loader takes, by a dry run of it; names, shapes and dtypes that do not fit."""
     return worker.layout(manifest)
+
+
+@hookimpl
+def ckpt_recording_target(worker: SglangRank) -> RecordingTarget | None:
+    """A model without data, whose loader is the live one's."""
+    return worker.recording_target()
 
 
 @hookimpl

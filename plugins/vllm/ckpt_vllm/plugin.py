@@ -17,6 +17,7 @@ from ckpt_core.contract import (
     LoadReport,
     PauseMode,
     RankInfo,
+    RecordingTarget,
     Rendezvous,
     Update,
 )
@@ -33,7 +34,9 @@ _log = logging.getLogger(__name__)
 ENGINE = control.ENGINE
 _CAPABILITIES: Mapping[Capability, Support] = {
     Capability.PARTIAL_UPDATE: Support(level=Level.FULL, detail="whole modules where vLLM repacks or quantises"),
-    Capability.RECORDED_LAYOUT: not_implemented("the layout is whole tensors; recording comes later"),
+    Capability.RECORDED_LAYOUT: Support(
+        level=Level.FULL, detail="models that are loaded directly, without a draft model in their checkpoint"
+    ),
     Capability.QUANTIZED: Support(
         level=Level.FULL, detail="run with FP8 per channel, quantised by vLLM from BF16; see the README"
     ),
@@ -88,6 +91,12 @@ def ckpt_supports(worker: CkptWorker) -> None:
 def ckpt_layout(worker: CkptWorker, manifest: Manifest) -> Layout:
     """Whole tensors, by module; names, shapes and dtypes compared with the model's."""
     return worker.layout(manifest)
+
+
+@hookimpl
+def ckpt_recording_target(worker: CkptWorker) -> RecordingTarget | None:
+    """The live model, where it is loaded directly."""
+    return worker.recording_target()
 
 
 @hookimpl
