@@ -60,7 +60,7 @@ def _ranks(report: UpdateReport) -> Table:
     table = Table(title="ranks: what they hold, and where their seconds went")
     for name in ("engine", "rank", "fingerprint"):
         table.add_column(name, no_wrap=True)
-    for name in ("wait", "digest", "load", "finish", "fp."):
+    for name in ("replayed", "wait", "digest", "load", "finish", "fp."):
         table.add_column(name, justify="right")
     urls = list(dict.fromkeys(rank.endpoint for rank in report.ranks))
     for rank in report.ranks:
@@ -70,6 +70,7 @@ def _ranks(report: UpdateReport) -> Table:
             f"{rank.engine} {urls.index(rank.endpoint)}",
             str(rank.rank),
             rank.fingerprint[:16] or "-",
+            f"{stats.replayed_bytes / stats.received_bytes:.0%}" if stats.received_bytes else "-",
             *(f"{value:.3f}" for value in seconds),
         )
     engines = {rank.endpoint: rank.engine for rank in report.ranks}

@@ -41,6 +41,7 @@ OPTIONS = {
         "--metrics-file",
         "--pause-mode",
         "--pause-timeout-s",
+        "--replay/--no-replay",
         "--ring-mib",
         "--timeout-s",
         "--trace",
