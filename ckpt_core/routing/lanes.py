@@ -27,7 +27,6 @@ from ckpt_core.routing.pieces import Packed
 from ckpt_core.routing.topology import Topology
 
 NONE = -1
-_SHORT_RING = 8  # hosts
 # Rounds begin before the last one has gone all round: the less of it has, the evener lanes are, and the deeper rings must be.
 # Simulated at 512 hosts: 1.0 needs rings of 8 to 11 buckets, 0.3 of 15 to 20 and takes 12 to 14 % less time.
 _OVERLAP = 0.3
@@ -125,7 +124,7 @@ def assign_lanes(packed: Packed, hosts: HostClasses, topology: Topology, rings: 
     sends = owner != NONE
     nic_out = nic_in.copy()
     np.add.at(nic_out, (owner[sends], owner_nic[sends]), packed.size_bytes[sends])
-    chain_start = _chain_starts(packed, rings, topology.nic_gb_s, nic=nic, owner=owner, nic_out=nic_out)
+    chain_start = _chain_starts(packed, rings, nic=nic, owner=owner, nic_out=nic_out)
     return Lanes(
         owner=owner,
         owner_nic=owner_nic,
@@ -221,36 +220,23 @@ def _owner_nics(owner: Ints, hosts: HostClasses, topology: Topology, nic: Ints, 
     return np.where(owner != NONE, lane, NONE)
 
 
-def _chain_starts(packed: Packed, rings: Rings, nic_gb_s: Floats, *, nic: Ints, owner: Ints, nic_out: Ints) -> Ints:
+def _chain_starts(packed: Packed, rings: Rings, *, nic: Ints, owner: Ints, nic_out: Ints) -> Ints:
     """Where each chain begins: behind its owner if that is one of those who forward, else at the first of the ring.
 
-    In short rings the host whose NIC sends most comes last, as it then need not forward: there that counts. Takes what is
-    not forwarded off `nic_out`.
+    Takes what is not forwarded, at the end of each chain, off `nic_out`.
     """
     width = nic_out.shape[1]
-    rate = np.repeat(nic_gb_s, width)
     flat = nic_out.reshape(-1)
-    seconds = flat / rate
     sends = owner != NONE
     forwards = nic_out.sum(axis=1) > sums(owner[sends], packed.size_bytes[sends], len(nic_out))
     start = np.full(len(owner), NONE, dtype=np.int64)
-    of_ring: dict[tuple[int, int], tuple[Ints, Ints, Ints]] = {}
     sizes, receivers, holders = packed.size_bytes.tolist(), packed.receivers.tolist(), packed.holders.tolist()
     for bucket in np.flatnonzero(sends).tolist():
-        pair = (receivers[bucket], holders[bucket])
-        if pair not in of_ring:
-            ring = rings.remote(*pair)
-            of_ring[pair] = (ring, ring * width, rings.hosts.of_host[ring])
-        ring, base, kinds = of_ring[pair]
-        lane = base + nic[bucket][kinds]
-        if len(ring) <= _SHORT_RING:
-            first = int(seconds[lane].argmax()) + 1
-        else:
-            first = int(np.searchsorted(ring, owner[bucket])) if forwards[owner[bucket]] else 0
+        ring = rings.remote(receivers[bucket], holders[bucket])
+        first = int(np.searchsorted(ring, owner[bucket])) if forwards[owner[bucket]] else 0
         start[bucket] = first % len(ring)
-        last = lane[start[bucket] - 1]
-        seconds[last] -= sizes[bucket] / rate[last]
-        flat[last] -= sizes[bucket]
+        last = int(ring[start[bucket] - 1])
+        flat[last * width + nic[bucket, rings.hosts.of_host[last]]] -= sizes[bucket]
     return start
 
 
