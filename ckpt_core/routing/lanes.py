@@ -10,7 +10,7 @@ reduction and scan") have the same throughput at a depth of log2(hosts); the cha
 against the update.
 
 Lanes serve buckets in the order of `slot` plus hops from the owner. In one order for all hosts (that of the buckets, say), hosts
-would wait for each other all round the ring: simulated, 512 hosts then took 2 to 15 times as long. Along a chain this
+would wait for each other all round the ring: simulated, 512 hosts then took 2 to 20 times as long. Along a chain this
 order only grows, so no two hosts wait for each other.
 """
 
