@@ -7,17 +7,20 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ckpt_core import limits as machine_limits
 from ckpt_core import plugins
 from ckpt_core.agents import AgentGroup
 from ckpt_core.agreement import KnownPlan
 from ckpt_core.channel import Hub
 from ckpt_core.config import Environment, UpdateConfig
 from ckpt_core.conversation import Conversation
+from ckpt_core.cost import predict
 from ckpt_core.device_source import export_tensors
 from ckpt_core.endpoint import Endpoint, EndpointOptions
 from ckpt_core.fleet import EndpointLocks, Fleet, Member
@@ -140,7 +143,17 @@ class Updater:
                 self._stop_agents()  # one of them may be what failed; the next update starts with new ones
                 raise
             self._known_plan = session.known_plan
+            return self._with_prediction(report)
+
+    def _with_prediction(self, report: UpdateReport) -> UpdateReport:
+        """What it should have taken on this machine; worked out when the engines serve again."""
+        if self._known_plan is None or self._limits is None:
             return report
+        return replace(report, predicted=predict(self._known_plan.plan, self._limits))
+
+    @cached_property
+    def _limits(self) -> machine_limits.Limits | None:
+        return machine_limits.load(self._environment.cache_root, machine_limits.identify())
 
     def _running_agents(self) -> AgentGroup:
         wanted = self._fleet.devices()

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
+from ckpt_core.cost import Prediction
 from ckpt_core.errors import Outcome
 from ckpt_core.in_flight import InFlight
 from ckpt_core.trace import NO_BUCKET, Span, SpanStage, Track
@@ -58,6 +59,7 @@ class UpdateReport:
         transfer_gb_s: checkpoint bytes / 1e9 / seconds from begin to the last rank verified.
         verified: level of verification that every rank passed.
         in_flight: requests that the pause met and which weights made their tokens, by engine.
+        predicted: the transfer as the cost model has it, by the lane speeds of `ckpt limits`; None where those were never measured.
         tracks: what happened when, where a trace was asked for.
         digest_s, locked_bytes, lock_s: within PREPARE: digests of the checkpoint, and new page locks of the host pool.
     """
@@ -80,6 +82,7 @@ class UpdateReport:
     lock_s: float
     ranks: tuple[RankReport, ...]
     agents: tuple[AgentStats, ...]
+    predicted: Prediction | None = None
     tracks: tuple[Track, ...] = ()
 
     @property

@@ -8,9 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ckpt_core.contract import EndpointStatus, EngineInfo
+from ckpt_core.cost import Prediction
 from ckpt_core.in_flight import InFlight
 from ckpt_core.manifest import Manifest
-from ckpt_core.metrics import UpdateReport
+from ckpt_core.metrics import Stage, UpdateReport
 from ckpt_core.plan import Plan
 
 
@@ -38,6 +39,7 @@ def _summary(report: UpdateReport) -> Table:
         ("pause", f"{report.pause_s:.3f} s"),
         *(("in flight", _met(met)) for met in report.in_flight),
         ("transfer", f"{report.transfer_gb_s:.2f} GB/s with a ring of {human_bytes(report.ring_bytes)} per agent"),
+        *([("predicted", _predicted(report, report.predicted))] if report.predicted is not None else []),
         ("verified", report.verified),
     ):
         table.add_row(name, escape(value))
@@ -45,6 +47,14 @@ def _summary(report: UpdateReport) -> Table:
     for stage, seconds in report.stages.items():
         table.add_row(stage, f"{seconds:.3f} s")
     return table
+
+
+def _predicted(report: UpdateReport, predicted: Prediction) -> str:
+    took = report.stages.get(Stage.TRANSFER.value, 0.0)
+    return (
+        f"{predicted.seconds:.3f} s for the transfer ({predicted.bottleneck}; no less than {predicted.lower_bound_s:.3f} s); "
+        f"it took {took:.3f} s"
+    )
 
 
 def _met(met: InFlight) -> str:
@@ -60,16 +70,16 @@ def _ranks(report: UpdateReport) -> Table:
     table = Table(title="ranks: what they hold, and where their seconds went")
     for name in ("engine", "rank", "fingerprint"):
         table.add_column(name, no_wrap=True)
-    for name in ("replayed", "wait", "digest", "load", "finish", "fp."):
+    for name in ("replayed", "wait", "digest", "load", "finish"):
         table.add_column(name, justify="right")
     urls = list(dict.fromkeys(rank.endpoint for rank in report.ranks))
     for rank in report.ranks:
         stats = rank.stats
-        seconds = (stats.wait_s, stats.digest_s, stats.load_s, stats.finish_s, stats.fingerprint_s)
+        seconds = (stats.wait_s, stats.digest_s, stats.load_s, stats.finish_s)
         table.add_row(
             f"{rank.engine} {urls.index(rank.endpoint)}",
             str(rank.rank),
-            rank.fingerprint[:16] or "-",
+            rank.fingerprint[:12] or "-",
             f"{stats.replayed_bytes / stats.received_bytes:.0%}" if stats.received_bytes else "-",
             *(f"{value:.3f}" for value in seconds),
         )

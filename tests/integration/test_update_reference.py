@@ -13,8 +13,10 @@ import torch
 from ckpt_conformance.models.tiny import make_tiny, perturb
 from ckpt_conformance.reference.launch import ReferenceServer
 from ckpt_conformance.reference.worker import Worker, WorkerOptions
-from ckpt_core import Outcome, open_checkpoint, update
+from ckpt_core import Outcome, limits, open_checkpoint, update
 from ckpt_core.api import Target
+from ckpt_core.config import VerifyLevel
+from ckpt_core.cuda import probe
 from ckpt_core.metrics import Stage
 from ckpt_core.verify import fingerprint
 
@@ -49,6 +51,39 @@ def test_an_updated_engine_equals_a_fresh_start(checkpoint_of, updater_of, answe
         answered = server.generate([5, 17], 4, ignore_eos=True)
         assert {span["version"] for span in answered["weight_versions"]} == {"A"}
         assert server.status()["state"] == "serving"
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("tp", [2, 3], ids=lambda tp: f"tp{tp}")
+def test_recorded_slices_are_enough(checkpoint_of, updater_of, arch, tp):
+    """Without arrival digests a rank asks for what its loader takes, and gets it past the loader."""
+    first, second = (checkpoint_of(arch, which=which) for which in "ab")
+    with ReferenceServer(first, tp=tp) as server:
+        fresh = server.live_digests()
+        updater = updater_of(server, verify=VerifyLevel.NONE)
+        watched = updater.update(second, version="B")
+        assert [rank.stats.replayed_bytes for rank in watched.ranks] == [0] * tp
+        replayed = updater.update(first, version="A")
+        assert server.live_digests() == fresh
+        assert sum(rank.stats.replayed_bytes for rank in replayed.ranks) < 0.8 * tp * replayed.size_bytes
+        assert all(rank.stats.recorded_share == 1 for rank in replayed.ranks)
+        assert all(rank.stats.replayed_bytes <= rank.stats.received_bytes for rank in replayed.ranks)
+        loaded = updater_of(server, replay=False).update(second, version="B")
+        assert [rank.fingerprint for rank in loaded.ranks] == [rank.fingerprint for rank in watched.ranks]
+        assert [rank.stats.replayed_bytes for rank in loaded.ranks] == [0] * tp
+
+
+def test_reports_say_what_the_transfer_should_have_taken(
+    checkpoint_of, updater_of, start_server, tmp_path, monkeypatch
+):
+    server = start_server(checkpoint_of())
+    monkeypatch.setenv("CKPT_CACHE_DIR", str(tmp_path))
+    assert updater_of(server).update(checkpoint_of(which="b")).predicted is None, "never measured"
+    with probe.open_gpus() as gpus:
+        limits.save(tmp_path, limits.measure(limits.identify(), gpus, 0.05))
+    predicted = updater_of(server).update(checkpoint_of()).predicted
+    assert 0 < predicted.lower_bound_s <= predicted.seconds
+    assert predicted.bottleneck
 
 
 def test_a_babbling_start_becomes_what_the_checkpoint_says(checkpoint_of, updater_of, answer_of, start_server):
