@@ -107,6 +107,7 @@ class Applier:
             return set(names)
         if self._recorded is not None:
             self._recorded.arrived(rest.tensors)
+            rest = self._recorded.for_loader(rest)
         report = self._plugin.hook.ckpt_load(worker=self._worker, update=self._update, bucket=rest)
         if not isinstance(report, LoadReport):
             raise CoverageError(f"ckpt_load must return a LoadReport, got {report!r}; mend the plugin")

@@ -197,6 +197,8 @@ class RecordingTarget:
         excluded: modules whose parameters are not as they were loaded (packed, quantised), by path, with the reason.
         caches: attributes of modules that hold no weights.
         placement: changes whenever the engine moves parts of the model (experts) to other ranks.
+        thin: give the loader tensors that own copies of the slices it takes and nothing else, for an engine that keeps what it
+            is given until a module is complete. They are good for views and copies, beyond the hook.
     """
 
     model: Any
@@ -205,6 +207,7 @@ class RecordingTarget:
     excluded: Mapping[str, str] = field(default_factory=dict)
     caches: frozenset[str] = frozenset()
     placement: str = ""
+    thin: bool = False
 
 
 class EndpointState(Enum):

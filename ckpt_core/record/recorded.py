@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ckpt_core.checksum import checksum
-from ckpt_core.contract import LoadTensor, RecordingTarget
+from ckpt_core.contract import LoadBucket, LoadTensor, RecordingTarget
 from ckpt_core.layout import Layout, LayoutEntry
 from ckpt_core.manifest import Manifest
 from ckpt_core.plugins import EnginePlugin
@@ -20,6 +20,7 @@ from ckpt_core.record.proof import Proof, Verdict
 from ckpt_core.record.recorder import record
 from ckpt_core.record.recording import Recording
 from ckpt_core.record.replay import Replay
+from ckpt_core.record.thin import thin
 from ckpt_core.record.watch import named_tensors, other_tensors
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class RecordedModel:
         self._replay: Replay | None = None
         self._conditions: _Conditions | None = None
         self._active = True
+        self._thin = False
         self._watched = False
         self.recording: Recording | None = None
         self.verdict: Verdict | None = None
@@ -110,6 +112,13 @@ class RecordedModel:
         assert self._replay is not None
         return self._replay.load(index, items)
 
+    def for_loader(self, bucket: LoadBucket) -> LoadBucket:
+        """The bucket as the engine's loader gets it."""
+        if not self._thin or not self._active or self.recording is None:
+            return bucket
+        recording = self.recording
+        return LoadBucket(index=bucket.index, tensors=tuple(thin(item, recording) for item in bucket.tensors))
+
     def arrived(self, items: Sequence[LoadTensor]) -> None:
         """These are about to be given to the engine's loader."""
         if self._watched and self._proof is not None:
@@ -138,7 +147,7 @@ class RecordedModel:
         self.forget()
         device = next((tensor.device for tensor in named_tensors(target.live).values()), torch.device("cpu"))
         self.recording = record(target, manifest, device=device)
-        self._structure = manifest.structure_digest
+        self._structure, self._thin = manifest.structure_digest, target.thin
         sizes = {name: tensor.numel() for name, tensor in named_tensors(target.live).items()}
         found = components(self.recording, sizes, target.excluded)
         self._proof = Proof(recording=self.recording, components=found, model=target.live, ignored=target.caches)

@@ -6,6 +6,7 @@ from cases import CASES, SHORT, SMOLLM2
 from ckpt_core import Outcome
 from ckpt_core.contract import EndpointState
 
+RELOADED = ("vllm",)  # its servers pack weights for CPUs: nothing can be copied past that
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 real_case = pytest.mark.parametrize("case", [case for case in CASES if case.model == SMOLLM2], ids=str)
 
@@ -40,7 +41,7 @@ def test_ten_updates_in_a_row(deployment, updater_of):
         assert {span.version for span in answer.spans} == {f"{which}{number}"}
     assert len(prints["a"]) == len(prints["b"]) == 1, "the same weights leave the same live bits, each time"
     assert deployment.answers() == deployment.fresh.tokens["a"]
-    if report.ranks[0].stats.recorded_share:
+    if deployment.engine not in RELOADED:
         assert max(shares) > (0.5,) * deployment.case.tp, "what could be copied was loaded"
 
 

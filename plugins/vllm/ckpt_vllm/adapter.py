@@ -206,21 +206,30 @@ class CkptWorker:
         }
 
     def recording_target(self) -> RecordingTarget | None:
-        """The live model, where its parameters are as they were loaded; a reload bracket takes them off the modules.
+        """The live model, where its parameters are as they were loaded; else their load format, which nothing is replayed into.
 
-        With a draft model in the same checkpoint there are two loaders: none then, too.
+        With a draft model in the same checkpoint there are two loaders: none then.
         """
-        if (
-            choose(self.model, self._wanted_way()).way is not Way.DIRECT
-            or compat.draft_model_of(self.worker) is not None
-        ):
+        if compat.draft_model_of(self.worker) is not None:
             return None
+        if choose(self.model, self._wanted_way()).way is Way.DIRECT:
+            return RecordingTarget(
+                model=self.model, load=self._in_context(self.model.load_weights), live=self.model, caches=compat.CACHES
+            )
+        blank = compat_layers.LoadFormat(self.model)
+        excluded = {path: "vLLM reloads the whole model" for path, _ in self.model.named_modules()}
+        return RecordingTarget(
+            model=blank, load=self._in_context(blank.load), live=self.model, excluded=excluded, thin=True
+        )
 
-        def load(weights: Iterable[tuple[str, Any]]) -> None:
+    def _in_context(
+        self, load: Callable[[Iterable[tuple[str, Any]]], Any]
+    ) -> Callable[[Iterable[tuple[str, Any]]], Any]:
+        def run(weights: Iterable[tuple[str, Any]]) -> Any:
             with self._engine_context():
-                self.model.load_weights(weights)
+                return load(weights)
 
-        return RecordingTarget(model=self.model, load=load, live=self.model, caches=compat.CACHES)
+        return run
 
     def status(self) -> dict[str, Any]:
         """For `ckpt_ready`, as JSON."""

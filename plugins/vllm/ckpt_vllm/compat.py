@@ -148,11 +148,17 @@ def retained_bytes(model: Any) -> int:
     """Bytes that the bracket keeps until modules are complete."""
     import torch
 
+    from ckpt_core.record.thin import retained_bytes as thin_bytes
+
     sizes: dict[int, int] = {}
     for _, info in pending_modules(model):
         for _, arguments in info.loaded_weights:
             for value in arguments.arguments.values():
-                if isinstance(value, torch.Tensor) and not value.is_meta:
+                if not isinstance(value, torch.Tensor) or value.is_meta:
+                    continue
+                if (owned := thin_bytes(value)) is not None:
+                    sizes[id(value.tracer)] = owned
+                else:
                     storage = value.untyped_storage()
                     sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from ckpt_vllm import compat
+
+if TYPE_CHECKING:
+    import torch
 
 
 def is_experts(module: Any) -> bool:
@@ -71,3 +75,46 @@ def stage_test_of(model: Any) -> Any:
     from vllm.model_executor.models.utils import is_pp_missing_parameter
 
     return lambda name: is_pp_missing_parameter(name, model)
+
+
+class LoadFormat:
+    """A model's parameters as its loader wants them, on the meta device: what a loader can be recorded on.
+
+    Copies of what vLLM remembers for its reloads: an attribute that is left on one of those breaks the next reload.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+        from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+
+        self._model = model
+        self._of = {
+            path: {
+                name: restore_layer_refs(to_meta_tensor(tensor), module)
+                for name, tensor in compat.load_format(module).items()
+            }
+            for path, module in model.named_modules()
+        }
+
+    def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """By path and name."""
+        for path, tensors in self._of.items():
+            for name, tensor in tensors.items():
+                yield f"{path}.{name}" if path else name, tensor
+
+    def named_buffers(self, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """None."""
+        return iter(())
+
+    def load(self, weights: Any) -> None:
+        """The model's own loader, with these in the place of its parameters until it returns."""
+        modules = dict(self._model.named_modules())
+        before = {path: dict(module._parameters) for path, module in modules.items()}
+        try:
+            for path, tensors in self._of.items():
+                modules[path]._parameters.update(tensors)
+            self._model.load_weights(weights)
+        finally:
+            for path, parameters in before.items():
+                modules[path]._parameters.clear()
+                modules[path]._parameters.update(parameters)

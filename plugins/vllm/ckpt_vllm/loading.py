@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from ckpt_core.record.thin import retained_bytes
 from ckpt_vllm import compat
 
 if TYPE_CHECKING:
@@ -113,9 +114,11 @@ class ReloadLoader:
         compat.prepare_modules(model)
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Clones, for the bracket holds them beyond this call."""
+        """Clones, for the bracket holds them beyond this call; thin ones own their slices."""
         self.touched = True
-        self._model.load_weights((name, tensor.clone()) for name, tensor in tensors)
+        self._model.load_weights(
+            (name, tensor.clone() if retained_bytes(tensor) is None else tensor) for name, tensor in tensors
+        )
         self.retained_bytes = compat.retained_bytes(self._model)
 
     def incomplete(self) -> list[tuple[str, int, int]]:
