@@ -26,12 +26,14 @@ def checksum(values: torch.Tensor, places: Strided | None = None) -> int:
     """Sum of a tensor, or of a part of one.
 
     Args:
-        values: of any strides, at most 8 bytes an element.
+        values: of any strides, at most 8 bytes an element; complex ones only whole.
         places: flat positions in the whole, of the shape of `values`; None: as in a contiguous tensor.
 
     Returns:
         An unsigned 64-bit number; add those of parts modulo 2**64.
     """
+    if values.is_complex():
+        values = torch.view_as_real(values.detach().resolve_conj())
     places = places or Strided.whole(values.shape)
     steps = _steps(values.detach(), places)
     if values.device.type == "cpu":

@@ -331,6 +331,8 @@ class _Attachment:
     def _abort(self, update: Update, error: Exception) -> AbortOutcome:
         cause = f"update {update.update_id} failed in {self._phase}: {describe(error)}"
         before = _guarded.get(self._worker) is not None
+        if self._recorded is not None:
+            self._recorded.forget()  # what was learned may be what went wrong
         armed = self._arm(cause)
         try:
             outcome = self._hook.ckpt_abort(worker=self._worker, update=update, cause=cause)

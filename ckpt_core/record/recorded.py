@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ from ckpt_core.record.watch import named_tensors, other_tensors
 
 _log = logging.getLogger(__name__)
 _NONE: frozenset[str] = frozenset()
+Found = TypeVar("Found")
 
 
 class RecordedModel:
@@ -62,21 +64,22 @@ class RecordedModel:
         """Whether the engine is as it was when the replay was proved. Drops the replay where it is not."""
         if self._replay is None:
             return True
-        target = self._target()
-        if (
-            target is not None
-            and self._conditions is not None
-            and self._conditions.hold(target)
-            and self._replay.holds_for(named_tensors(target.live))
-        ):
+        if self._guarded(self._holds, "looked at"):
             return True
         _log.info("the engine changed since its loader was recorded: it loads by itself again")
         self.forget()
         return False
 
+    def _holds(self) -> bool:
+        target, replay, conditions = self._target(), self._replay, self._conditions
+        if target is None or replay is None or conditions is None:
+            return False
+        return conditions.hold(target) and replay.holds_for(named_tensors(target.live))
+
     def forget(self) -> None:
         """The next update starts anew."""
         self._structure, self._proof, self._replay, self.recording = "", None, None, None
+        self._watched = False
 
     def layout(self, manifest: Manifest, plain: Layout, *, replay: bool, slices: bool) -> Layout:
         """What is needed once loaders are known: parts of what is replayed, nothing of what the loader does not want.
@@ -87,12 +90,9 @@ class RecordedModel:
             slices: ask only for the recorded slices; else for whole tensors, in parts.
         """
         self._active = replay
-        target = self._target() if replay else None
-        if target is None:
-            return plain
-        if self._structure != manifest.structure_digest:
-            self._record(target, manifest)
-        if self._replay is None or self.recording is None:
+        if replay:
+            self._guarded(lambda: self._learn(manifest), "recorded")
+        if not replay or self._replay is None or self.recording is None:
             return plain
         return refined(plain, self.recording, self._replay.roots, slices=slices)
 
@@ -100,7 +100,7 @@ class RecordedModel:
         """Right before the engine's begin hook."""
         self._watched = self._active and self._replay is None and self._proof is not None and self._proof.worth_a_try
         if self._watched and self._proof is not None:
-            self._proof.begin()
+            self._guarded(self._proof.begin, "watched")
 
     def start_replay(self) -> None:
         """Right after it."""
@@ -121,12 +121,15 @@ class RecordedModel:
 
     def arrived(self, items: Sequence[LoadTensor]) -> None:
         """These are about to be given to the engine's loader."""
-        if self._watched and self._proof is not None:
-            for item in items:
-                self._proof.arrived(item)
+        for item in items:
+            if self._watched and self._proof is not None:
+                self._guarded(partial(self._proof.arrived, item), "watched")
 
     def finish(self) -> bool:
         """Right after the engine's finish hook. Whether there is something to replay from now on that was not before."""
+        return bool(self._guarded(self._judge, "watched"))
+
+    def _judge(self) -> bool:
         if not self._watched or self._proof is None or self.recording is None:
             return False
         self._watched = False
@@ -142,6 +145,22 @@ class RecordedModel:
         roots: frozenset[str] = frozenset().union(*(component.roots for component in proved))
         self._replay, self._conditions = Replay(self.recording, parameters, roots), _Conditions(target)
         return True
+
+    def _guarded(self, look: Callable[[], Found], what: str) -> Found | None:
+        """Learning is a bonus: where it fails, for any reason, the loader loads as ever."""
+        try:
+            return look()
+        except Exception:  # noqa: BLE001 engines are many, and none of their surprises may cost an update
+            _log.warning("the engine could not be %s; its loader takes whole tensors", what, exc_info=True)
+            self.forget()
+            return None
+
+    def _learn(self, manifest: Manifest) -> None:
+        target = self._target()
+        if target is None:
+            self.forget()
+        elif self._structure != manifest.structure_digest:
+            self._record(target, manifest)
 
     def _record(self, target: RecordingTarget, manifest: Manifest) -> None:
         self.forget()

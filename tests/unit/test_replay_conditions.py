@@ -197,3 +197,37 @@ def test_any_change_of_the_engine_ends_a_replay(recorded_of, change):
     replayed, _, _ = update(engine, recorded, checkpoint(2))
     assert not replayed
     assert same(engine, fresh(Engine, checkpoint(2)))
+
+
+@pytest.mark.parametrize("hook", ["target", "load_weights"])
+def test_an_engine_that_cannot_be_recorded_loads_as_ever(recorded_of, hook, caplog):
+    engine = Engine()
+    load = engine.load_weights
+
+    def fail(*arguments):
+        raise RuntimeError("a surprise")
+
+    setattr(engine, hook, fail)
+    recorded = recorded_of(engine)
+    layout = recorded.layout(MANIFEST, whole_layout(MANIFEST), replay=True, slices=True)
+    assert layout == whole_layout(MANIFEST)
+    assert not recorded.roots
+    if hook == "target":
+        assert "could not be recorded" in caplog.text
+    recorded.begin()
+    load(checkpoint(1).items())
+    assert not recorded.finish()
+
+
+def test_a_watch_that_fails_costs_nothing_but_the_replay(recorded_of, monkeypatch):
+    engine = Engine()
+    recorded = recorded_of(engine)
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no room for a sum")
+
+    monkeypatch.setattr("ckpt_core.record.proof.checksum", fail)
+    assert update(engine, recorded, checkpoint(1))[1] is False
+    assert same(engine, fresh(Engine, checkpoint(1)))
+    monkeypatch.undo()
+    assert update(engine, recorded, checkpoint(2))[1]
