@@ -28,7 +28,6 @@ class Applier:
     Attributes:
         received_bytes, retained_bytes: so far; retained is the peak of what the engine reported.
         replayed_bytes: read by replayed copies, of those received.
-        wrote: a replay may have written to live parameters, past the plugin.
         load_s, digest_s: seconds in the plugin's load hook, and in digests.
         ignored: names the engine had no use for.
     """
@@ -55,7 +54,6 @@ class Applier:
         self._recorded = recorded
         self.received_bytes = 0
         self.replayed_bytes = 0
-        self.wrote = False
         self.retained_bytes = 0
         self.load_s = 0.0
         self.digest_s = 0.0
@@ -101,7 +99,6 @@ class Applier:
         replayed, rest, names = self._split(bucket)
         if replayed:
             assert self._recorded is not None
-            self.wrote = True
             self.replayed_bytes += self._recorded.load(bucket.load.index, replayed)
         if not rest.tensors:
             return set(names)

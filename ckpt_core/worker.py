@@ -88,7 +88,10 @@ def _recorded_of(worker: Any, plugin: plugins.EnginePlugin) -> RecordedModel | N
         return None
     recorded = _recorded.get(worker)
     if recorded is None:
-        recorded = RecordedModel(plugin, worker)
+        try:
+            recorded = RecordedModel(plugin, worker)
+        except TypeError:  # without weak references nothing can be kept for it
+            return None
         _recorded.put(worker, recorded)
     return recorded
 
@@ -110,7 +113,6 @@ class _Attachment:
         self._update: Update | None = None  # set before begin is called: from then on weights may be touched
         self._phase = "attach"
         self._recorded = _recorded_of(worker, plugin)
-        self._applier: Applier | None = None
         self._learned = False
 
     def run(self) -> tuple[str, str]:
@@ -119,7 +121,9 @@ class _Attachment:
             offer, agreed = self._agree()
             self._load(offer, agreed)
             self._commit()
-            if not self._learned:  # else the next layout is another
+            if not self._learned and not (
+                self._recorded is not None and self._recorded.lost
+            ):  # else the next layout is another
                 _known.put(self._worker, agreed)
         except Exception as error:  # noqa: BLE001 whatever it is, the rank must be undone
             return self._undo(error).value, describe(error)
@@ -140,7 +144,7 @@ class _Attachment:
     def _agree(self) -> tuple[wire.OfferPlan, AgreedPlan]:
         """Up to the agreed plan: what may be refused, is refused here."""
         known = _known.pop(self._worker)
-        if self._recorded is not None and not self._recorded.still_holds():
+        if not self._still_holds():
             known = None
         self._line.send(
             wire.RankHello(
@@ -168,6 +172,16 @@ class _Attachment:
         self._take_rings(offer.rings, known)
         self._line.send(wire.PlanAgreed(digest=known.plan.digest))
         return offer, known
+
+    def _still_holds(self) -> bool:
+        """Whether what was learned of the engine is as it was. Not looked at where the memory may not be there."""
+        if self._recorded is None:
+            return True
+        try:
+            self._hook.ckpt_supports(worker=self._worker)
+        except Exception:  # noqa: BLE001 the refusal comes again, when there is somebody to tell it to
+            return False
+        return self._recorded.still_holds()
 
     def _layout(self, ask: wire.AskLayout) -> Layout:
         self._phase = "layout"
@@ -228,7 +242,7 @@ class _Attachment:
         tracks = ProcessTracks(f"rank {self._info.rank}", TrackKind.RANK, wanted=offer.trace)
         if offer.trace and self._readers:
             tracks.timer = self._readers[0].timer()
-        applier = self._applier = Applier(
+        applier = Applier(
             self._plugin,
             self._worker,
             update,
@@ -279,8 +293,6 @@ class _Attachment:
         except EngineStateError:
             self._update = None  # a refusal, which by contract changed nothing
             raise
-        if self._recorded is not None:
-            self._recorded.start_replay()
         return time.perf_counter() - start
 
     def _receive(self, offer: wire.OfferPlan, plan: Plan, applier: Applier, spans: SpanRecorder) -> float:
@@ -331,6 +343,7 @@ class _Attachment:
     def _abort(self, update: Update, error: Exception) -> AbortOutcome:
         cause = f"update {update.update_id} failed in {self._phase}: {describe(error)}"
         before = _guarded.get(self._worker) is not None
+        wrote = self._recorded is not None and self._recorded.wrote
         if self._recorded is not None:
             self._recorded.forget()  # what was learned may be what went wrong
         armed = self._arm(cause)
@@ -338,7 +351,7 @@ class _Attachment:
             outcome = self._hook.ckpt_abort(worker=self._worker, update=update, cause=cause)
             if not isinstance(outcome, AbortOutcome):
                 raise EngineError(f"ckpt_abort must return an AbortOutcome, got {outcome!r}")
-            if outcome is AbortOutcome.UNTOUCHED and self._applier is not None and self._applier.wrote:
+            if outcome is AbortOutcome.UNTOUCHED and wrote:
                 outcome = AbortOutcome.RELOADABLE  # the plugin does not know of what was written past it
             if outcome is AbortOutcome.UNTOUCHED and not before:
                 self._hook.ckpt_poison(worker=self._worker, cause=None)

@@ -17,6 +17,7 @@ from ckpt_core.record.components import Component
 from ckpt_core.record.pieces import piece_span
 from ckpt_core.record.recording import Fill, Recording
 from ckpt_core.record.watch import named_tensors, other_tensors
+from ckpt_core.strided import Strided
 
 _MOST_TRIES = 3  # watching costs as much as several updates
 
@@ -54,14 +55,13 @@ class Proof:
 
     def begin(self) -> None:
         """Before the loader is called for the first time."""
-        self._tries += 1
         for sums in (self._arrived, self._before, self._places):
             sums.clear()
         named = named_tensors(self.model)
         for component in self.components:
             if not component.why_not:
                 for name in component.parameters:
-                    self._before[name] = checksum(named[name])
+                    self._before[name] = _sum_in_storage(named[name])
                     self._places[name] = named[name].data_ptr()
         self._dtypes = {name: tensor.dtype for name, tensor in named.items()}
         self._others = self._sums_of_others()
@@ -82,6 +82,7 @@ class Proof:
 
     def finish(self) -> Verdict:
         """After the loader and all processing are done."""
+        self._tries += 1
         named = named_tensors(self.model)
         changed = sorted(name for name, value in self._sums_of_others().items() if self._others.get(name) != value)
         for fill in self.recording.fills:
@@ -101,7 +102,7 @@ class Proof:
         now = named.get(name)
         if now is None or now.data_ptr() != self._places[name]:
             return f"{name} got other memory"
-        value = checksum(now)
+        value = _sum_in_storage(now)
         if value != self._arrived.get(name):
             return f"{name} is not what was copied into it"
         if value == self._before[name]:
@@ -113,11 +114,14 @@ class Proof:
 
     def _sums_of_others(self) -> dict[str, int]:
         named = named_tensors(self.model)
-        loaded = {copy.parameter for copy in self.recording.copies}
-        loaded |= {name for names in self.recording.reaches.values() for name in names}
-        known = {name: tensor for name, tensor in named.items() if name in loaded}
+        known = {name: tensor for name, tensor in named.items() if name in self.recording.written}
         others = other_tensors(self.model, known, self.ignored)
         return {name: checksum(held.holder[held.key]) for name, held in others.items()}
+
+
+def _sum_in_storage(live: torch.Tensor) -> int:
+    """By where elements lie, as a replay writes them: the live parameter may have other strides than the recorded one."""
+    return checksum(live, Strided(offset=0, size=tuple(live.shape), stride=tuple(live.stride())))
 
 
 def _sum_of_fill(fill: Fill, live: torch.Tensor) -> int:

@@ -25,6 +25,7 @@ from ckpt_core.record.thin import thin
 from ckpt_core.record.watch import named_tensors, other_tensors
 
 _log = logging.getLogger(__name__)
+_MOST_DROPS = 3  # a replay that never lasts costs a watched update each time
 _NONE: frozenset[str] = frozenset()
 Found = TypeVar("Found")
 
@@ -35,6 +36,8 @@ class RecordedModel:
     Attributes:
         recording: of the last structure; None before the first.
         verdict: of the last watched update.
+        wrote: in this update, live parameters past the plugin.
+        lost: something went wrong in learning: the next layout is to be asked for again.
     """
 
     def __init__(self, plugin: EnginePlugin, worker: Any) -> None:
@@ -47,6 +50,9 @@ class RecordedModel:
         self._active = True
         self._thin = False
         self._watched = False
+        self._dropped = 0
+        self.wrote = False
+        self.lost = False
         self.recording: Recording | None = None
         self.verdict: Verdict | None = None
 
@@ -66,7 +72,9 @@ class RecordedModel:
             return True
         if self._guarded(self._holds, "looked at"):
             return True
-        _log.info("the engine changed since its loader was recorded: it loads by itself again")
+        self._dropped += 1
+        often = ", for good: this is the third time" if self._dropped >= _MOST_DROPS else ""
+        _log.info("the engine changed since its loader was recorded: it loads by itself again%s", often)
         self.forget()
         return False
 
@@ -89,7 +97,7 @@ class RecordedModel:
             replay: else the loader is used, and not watched.
             slices: ask only for the recorded slices; else for whole tensors, in parts.
         """
-        self._active = replay
+        self._active, self.lost = replay, False
         if replay:
             self._guarded(lambda: self._learn(manifest), "recorded")
         if not replay or self._replay is None or self.recording is None:
@@ -98,18 +106,17 @@ class RecordedModel:
 
     def begin(self) -> None:
         """Right before the engine's begin hook."""
+        self.wrote = False
         self._watched = self._active and self._replay is None and self._proof is not None and self._proof.worth_a_try
         if self._watched and self._proof is not None:
             self._guarded(self._proof.begin, "watched")
 
-    def start_replay(self) -> None:
-        """Right after it."""
-        if self.roots and self._replay is not None:
-            self._replay.fill()
-
     def load(self, index: int, items: tuple[LoadTensor, ...]) -> int:
         """Replay these pieces of bucket `index`. Bytes read."""
         assert self._replay is not None
+        if not self.wrote:
+            self.wrote = True
+            self._replay.fill()
         return self._replay.load(index, items)
 
     def for_loader(self, bucket: LoadBucket) -> LoadBucket:
@@ -143,7 +150,7 @@ class RecordedModel:
         named = named_tensors(target.live)
         parameters = {name: named[name] for component in proved for name in component.parameters}
         roots: frozenset[str] = frozenset().union(*(component.roots for component in proved))
-        self._replay, self._conditions = Replay(self.recording, parameters, roots), _Conditions(target)
+        self._replay, self._conditions = Replay(self.recording, parameters, roots), _Conditions(target, self.recording)
         return True
 
     def _guarded(self, look: Callable[[], Found], what: str) -> Found | None:
@@ -153,10 +160,11 @@ class RecordedModel:
         except Exception:  # noqa: BLE001 engines are many, and none of their surprises may cost an update
             _log.warning("the engine could not be %s; its loader takes whole tensors", what, exc_info=True)
             self.forget()
+            self.lost = True
             return None
 
     def _learn(self, manifest: Manifest) -> None:
-        target = self._target()
+        target = self._target() if self._dropped < _MOST_DROPS else None
         if target is None:
             self.forget()
         elif self._structure != manifest.structure_digest:
@@ -177,32 +185,38 @@ class RecordedModel:
 
 
 def refined(plain: Layout, recording: Recording, replayed: Collection[str], *, slices: bool) -> Layout:
-    """A layout with parts (or recorded slices) of the tensors that are replayed; the others stay as they are."""
+    """A layout with parts (or recorded slices) of the tensors that are replayed; the others stay as they are.
+
+    Also those that the loader was not seen to take: that a recording lost sight of them proves nothing.
+    """
     entries: list[LayoutEntry] = []
-    needed = recording.needed
     for entry in plain.entries:
         if entry.tensor in replayed:
             boxes = recording.boxes_of(entry.tensor) if slices else (None,)
             entries += [LayoutEntry(tensor=entry.tensor, box=box, group=entry.group, cut=True) for box in boxes]
-        elif entry.tensor in needed or entry.tensor not in recording.shapes:
+        else:
             entries.append(entry)
     return replace(plain, entries=tuple(entries))
 
 
 class _Conditions:
-    """What must stay as it is for a replay to be right: placement, and every table of whole numbers (expert maps)."""
+    """What must stay as it is for a replay to be right: placement, and every table of whole numbers (expert maps).
 
-    def __init__(self, target: RecordingTarget) -> None:
-        others = other_tensors(target.live, {}, target.caches)
-        self._tables = [held for held in others.values() if _is_table(held.tensor)]
+    Weights of whole numbers, which updates write, are not among them.
+    """
+
+    def __init__(self, target: RecordingTarget, recording: Recording) -> None:
+        self._written = recording.written
         self._before = self._now(target)
 
     def hold(self, target: RecordingTarget) -> bool:
-        """Whether they are as they were."""
+        """Whether they are as they were; a table that came or went counts."""
         return self._now(target) == self._before
 
     def _now(self, target: RecordingTarget) -> tuple[object, ...]:
-        tables = [None if held.tensor is None else checksum(held.tensor) for held in self._tables]
+        known = {name: tensor for name, tensor in named_tensors(target.live).items() if name in self._written}
+        others = other_tensors(target.live, known, target.caches)
+        tables = {name: checksum(held.holder[held.key]) for name, held in others.items() if _is_table(held.tensor)}
         return target.placement, dict(target.excluded), tables
 
 

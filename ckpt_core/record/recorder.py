@@ -115,13 +115,21 @@ class _PlainWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable and not any(isinstance(leaf, Traced) for leaf in tree_leaves((args, kwargs))):
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                writes = argument.alias_info is not None and argument.alias_info.is_write
-                if writes and isinstance(value, torch.Tensor) and storage_id(value) in self._notes.places:
-                    constant = 0 if func is torch.ops.aten.zero_.default else next(iter(args[1:]), None)
-                    self._notes.on_fill(func, value, constant)
-                    return value
+            written = list(_written(func, args, kwargs))
+            known = [tensor for tensor in written if storage_id(tensor) in self._notes.places]
+            constant = 0 if func is torch.ops.aten.zero_.default else next(iter(args[1:]), None)
+            for tensor in known:
+                self._notes.on_fill(func, tensor, constant)
+            if known:
+                return known[0] if len(func._schema.returns) == 1 else None
         return func(*args, **kwargs)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def record(target: RecordingTarget, manifest: Manifest, *, device: torch.device) -> Recording:

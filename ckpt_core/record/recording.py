@@ -67,6 +67,12 @@ class Recording:
             found.setdefault(copy.root, []).append(copy)
         return {name: tuple(copies) for name, copies in found.items()}
 
+    @cached_property
+    def written(self) -> frozenset[str]:
+        """Parameters that the loader writes, as far as seen."""
+        copied = {copy.parameter for copy in self.copies} | {fill.parameter for fill in self.fills}
+        return frozenset(copied.union(*self.reaches.values()))
+
     @property
     def needed(self) -> frozenset[str]:
         """Checkpoint tensors that the loader takes anything of."""

@@ -63,24 +63,21 @@ class Replay:
             self._known[index] = (items, pulls)
         if not pulls:
             return 0
-        dense: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+        dense: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         size_bytes = 0
         with torch.no_grad(), _on(pulls[0].destination.device):
             for pull in pulls:
                 source = _source(pull)
                 size_bytes += source.numel() * source.element_size()
                 if pull.dense:
-                    dense[0].append(pull.destination)
-                    dense[1].append(source)
-                else:  # one strided tensor in a batch would send the whole batch down the slow road
+                    destinations, sources = dense.setdefault(pull.dtype, ([], []))
+                    destinations.append(pull.destination)
+                    sources.append(source)
+                else:  # one strided tensor, or another type, in a batch would send the whole batch down the slow road
                     pull.destination.copy_(source, non_blocking=True)
-            if dense[0]:
-                torch._foreach_copy_(*dense, non_blocking=True)
+            for batch in dense.values():
+                torch._foreach_copy_(*batch, non_blocking=True)
         return size_bytes
-
-    def forget_buckets(self) -> None:
-        """Another plan comes."""
-        self._known.clear()
 
     def _pulls(self, item: LoadTensor) -> list[_Pull]:
         first, count = piece_span(item, self._recording.shapes[item.name])
@@ -94,7 +91,8 @@ class Replay:
 
 def _pull(item: LoadTensor, source: Strided, dtype: torch.dtype, parameter: torch.Tensor, where: Strided) -> _Pull:
     destination = _region(parameter, where)
-    dense = destination.is_contiguous() and source.stride == row_major(source.size) and destination.dtype == dtype
+    row_by_row = destination.is_contiguous() and source.stride == row_major(source.size)
+    dense = row_by_row and destination.stride() == source.stride and destination.dtype == dtype
     return _Pull(item=item, source=source, dtype=dtype, destination=destination, dense=dense)
 
 

@@ -7,7 +7,6 @@ tensor is handed to the tracer and not executed. vLLM's sharded_rdt and ModelExp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -85,7 +84,7 @@ class Tracer(Protocol):
         """A plain tensor is to be written otherwise."""
 
     def on_lost(self, operation: str, lost: Traced) -> None:
-        """A view of a traced tensor was written to: what the others that share its storage hold is not known any more."""
+        """A traced tensor was written to: what the others that share its storage hold is not known any more."""
 
 
 class Traced(torch.Tensor):
@@ -159,26 +158,27 @@ class _Call:
             return self.args[0]
         if self.func in _ASKS_FOR_DATA:
             return tracer.on_data(name, self.given[0])
-        for written in self._written():
-            if isinstance(written, Traced):
-                self._overwrite(written, name)
+        written = list(self._written())
+        for each in written:
+            if isinstance(each, Traced):
+                self._overwrite(each, name)
             else:
-                tracer.on_write(name, written, self.given)
-            return written
+                tracer.on_write(name, each, self.given)
+        if written:
+            return written[0] if len(self.func._schema.returns) == 1 else None
         return self._made(name)
 
     def _written(self) -> Iterator[torch.Tensor]:
         arguments = self.func._schema.arguments
         for position, argument in enumerate(arguments):
             value = self.args[position] if position < len(self.args) else self.kwargs.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor):
-                yield value
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
     def _overwrite(self, written: Traced, name: str) -> None:
         """The loader changes a checkpoint tensor: from now on it is a derived value."""
         inner = written.geometry
-        if inner.numel() != math.prod(written.origin.shape) or not inner.is_contiguous():
-            written.tracer.on_lost(name, written)
+        written.tracer.on_lost(name, written)  # other views of it do not know: nothing about it is sure any more
         views = tuple(each.traced_view for each in self.given)
         written.origin = Origin(operation=name, inputs=views, shape=tuple(inner.shape), dtype=inner.dtype)
         written.geometry = torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device="meta")

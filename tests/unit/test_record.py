@@ -275,3 +275,43 @@ def test_copies_of_a_loaders_threads_are_seen(model):
     recording = record(target, manifest_of({name: SHAPES[name] for name in names}), device=CPU)
     assert {one.root for one in recording.copies} == set(names)
     assert not recording.opaque
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.view(-1).add_(1),
+        lambda tensor: tensor.detach().add_(1),
+        lambda tensor: tensor.data.mul_(2),
+        lambda tensor: tensor[:1].zero_(),
+    ],
+)
+def test_a_source_that_is_written_to_by_another_name_is_opaque(model, change):
+    def load(weights):
+        for _, tensor in weights:
+            change(tensor)
+            model.moved.weight.data.copy_(tensor)
+
+    target = RecordingTarget(model=model, load=load, live=model)
+    assert "moved" in record(target, manifest_of({"moved": (4,)}), device=CPU).opaque
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda parameter: torch.neg(parameter, out=parameter),
+        lambda parameter: torch._foreach_mul_([parameter], 2),
+        lambda parameter: parameter.mul_(2),
+    ],
+)
+def test_plain_writes_are_seen_and_do_not_happen(model, write):
+    def load(weights):
+        for _, tensor in weights:
+            model.moved.weight.data.copy_(tensor)
+            write(model.moved.weight.data)
+
+    before = state_of(model)
+    recording = record(RecordingTarget(model=model, load=load, live=model), manifest_of({"moved": (4,)}), device=CPU)
+    assert all(torch.equal(tensor, before[name][1]) for name, tensor in named_tensors(model).items())
+    sizes = {name: tensor.numel() for name, tensor in named_tensors(model).items()}
+    assert all(one.why_not for one in components(recording, sizes, {}))

@@ -69,6 +69,33 @@ class Renewing(Engine):
         self.up.weight = nn.Parameter(self.up.weight.data.clone(), requires_grad=False)
 
 
+class Turning(Engine):
+    """Lays a parameter out by columns, once, when it starts."""
+
+    def __init__(self):
+        super().__init__()
+        self.up.weight = nn.Parameter(torch.empty_strided((4, 4), (1, 4)).zero_(), requires_grad=False)
+
+
+class Listing(Engine):
+    """Takes all tensors before it looks at the first, and stumbles over one that it does not know."""
+
+    def load_weights(self, weights):
+        given = sorted(weights, key=lambda item: item[0] != "down.weight")
+        for name, tensor in given:
+            if name == "down.weight" and type(tensor) is not torch.Tensor:  # only while it is recorded
+                raise KeyError(name)
+            super().load_weights([(name, tensor)])
+
+
+class Batching(Engine):
+    """Copies by a list."""
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            torch._foreach_copy_([self.get_parameter(name).data], [tensor[4:]])
+
+
 class Balancing(Engine):
     """Has a table of which rows are where."""
 
@@ -105,7 +132,6 @@ def update(engine, recorded, weights):
     layout = recorded.layout(MANIFEST, whole_layout(MANIFEST), replay=True, slices=True)
     recorded.begin()
     replayed = recorded.roots
-    recorded.start_replay()
     for number, entry in enumerate(layout.entries):
         tensor = weights[entry.tensor]
         if entry.box is not None:
@@ -153,6 +179,58 @@ def test_what_a_replay_would_make_wrong_is_loaded(recorded_of, kind):
         assert "up.weight" not in replayed
         assert same(engine, fresh(kind, checkpoint(seed)))
     assert recorded.verdict.why_not
+
+
+def test_a_parameter_with_other_strides_than_the_recorded_one_is_not_scrambled(recorded_of):
+    engine, blank = Turning(), Engine()
+    engine.target = lambda: RecordingTarget(model=blank, load=blank.load_weights, live=engine)
+    recorded = recorded_of(engine)
+    for seed in (1, 2, 3):
+        replayed, _, _ = update(engine, recorded, checkpoint(seed))
+        assert "up.weight" not in replayed
+        assert same(engine, fresh(Engine, checkpoint(seed)))
+
+
+@pytest.mark.parametrize("kind", [Listing, Batching])
+def test_what_the_recording_lost_sight_of_still_comes(recorded_of, kind):
+    """Also where the update that proved the others did not change it."""
+    engine = kind()
+    recorded = recorded_of(engine)
+    frozen = checkpoint(1)["up.weight"]
+    for seed in (1, 2):
+        update(engine, recorded, {**checkpoint(seed), "up.weight": frozen})
+    update(engine, recorded, checkpoint(3))
+    assert same(engine, fresh(Engine, checkpoint(3)))
+
+
+def test_tables_in_lists_of_another_object_are_watched(recorded_of):
+    engine = Balancing()
+    engine.state = types.SimpleNamespace(map=torch.tensor([1, 2]))
+    recorded = recorded_of(engine)
+    update(engine, recorded, checkpoint(1))
+    assert update(engine, recorded, checkpoint(2))[0]
+    engine.state = types.SimpleNamespace(map=torch.tensor([2, 1]))
+    assert not recorded.still_holds()
+
+
+def test_a_replay_that_never_lasts_is_given_up(recorded_of):
+    engine = Balancing()
+    engine.up.counter = torch.zeros(1, dtype=torch.int64)
+    recorded = recorded_of(engine)
+    learned = []
+    for seed in range(1, 12):
+        learned.append(update(engine, recorded, checkpoint(seed))[1])
+        engine.up.counter += 1  # while it serves
+    assert 1 <= sum(learned) <= 3
+
+
+def test_refused_begins_are_no_tries(recorded_of):
+    engine = Engine()
+    recorded = recorded_of(engine)
+    recorded.layout(MANIFEST, whole_layout(MANIFEST), replay=True, slices=True)
+    for _ in range(5):
+        recorded.begin()
+    assert update(engine, recorded, checkpoint(1))[1]
 
 
 def test_an_update_that_changes_nothing_proves_nothing(recorded_of):

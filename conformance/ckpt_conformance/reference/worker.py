@@ -92,6 +92,7 @@ class Worker:
         self._arrived: set[str] = set()
         self._sequence_id = 0
         self._blank: CausalLM | None = None
+        self._written_past = False
 
     # -- state ---------------------------------------------------------------------------
     @property
@@ -238,6 +239,7 @@ class Worker:
         self.updating = update
         self._touched, self._finished = None, False
         self._mixed_before = self.mixed_cause
+        self._written_past = False
         self._arrived.clear()
 
     def check_updatable(self) -> None:
@@ -308,6 +310,8 @@ class Worker:
         if self.updating is not None and self.updating.update_id == update.update_id:
             self.model.begin_reload()  # frees half-loaded full-precision parameters
             self.updating = None
+            if update.replayed and self._touched is None and self.mixed_cause is None:
+                self.mixed_cause, self._written_past = cause, True  # the core knows: if nothing was, it disarms
         if self._touched is None or self._touched.update_id != update.update_id:
             return AbortOutcome.UNTOUCHED
         self._finished = False
@@ -317,6 +321,9 @@ class Worker:
     def set_poison(self, cause: str | None) -> None:
         """Arm or disarm the guard. Disarming after a finished update is its commit."""
         self.poison_cause = cause
+        if cause is None and self._written_past:
+            self.mixed_cause = None
+        self._written_past = self._written_past and cause is not None
         if cause is None and self._finished and self._touched is not None:
             self.version = self._touched.version
             self._touched, self._finished, self.waiting_cause = None, False, None

@@ -228,9 +228,10 @@ class SglangRank:
                 f"rank {self.rank}: {len(missing)} expected tensors did not arrive, first {missing[:_NAMES_SHOWN]}; "
                 "send them all before finish"
             )
-        if progress.written:
-            for _, runner in compat.runners(self.scheduler):
-                compat.end_native(runner)
+        for _, runner in compat.runners(self.scheduler):
+            if update.replayed and not progress.written:
+                compat.begin_native(runner)  # all ranks post-process, whatever each of them replayed
+            compat.end_native(runner)
         self.synchronise()
         progress.phase = Phase.FINISHED
 
