@@ -9,7 +9,7 @@ experts either cut like that or dealt to ranks in runs of consecutive numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckpt_core.dtypes import DType
 from ckpt_core.layout import Box
@@ -142,44 +142,27 @@ class MoeDecoder:
         return Cut(meta=TensorMeta(name=name, dtype=DType.BF16, shape=shape), dim=dim, heads=heads)
 
 
+_KIMI_K2 = MoeDecoder(
+    hidden=7168,
+    layers=61,
+    dense_layers=1,
+    intermediate=18432,
+    expert_intermediate=2048,
+    experts=384,
+    shared_experts=1,
+    vocab=163840,
+    heads=64,
+    q_lora=1536,
+    kv_lora=512,
+    qk_nope_dim=128,
+    qk_rope_dim=64,
+    v_dim=128,
+    fp8=True,
+    router_bias=True,
+)
 DECODERS = {
-    "kimi-k2": MoeDecoder(
-        hidden=7168,
-        layers=61,
-        dense_layers=1,
-        intermediate=18432,
-        expert_intermediate=2048,
-        experts=384,
-        shared_experts=1,
-        vocab=163840,
-        heads=64,
-        q_lora=1536,
-        kv_lora=512,
-        qk_nope_dim=128,
-        qk_rope_dim=64,
-        v_dim=128,
-        fp8=True,
-        router_bias=True,
-    ),
-    "deepseek-v3.1": MoeDecoder(
-        hidden=7168,
-        layers=61,
-        dense_layers=3,
-        intermediate=18432,
-        expert_intermediate=2048,
-        experts=256,
-        shared_experts=1,
-        vocab=129280,
-        heads=128,
-        q_lora=1536,
-        kv_lora=512,
-        qk_nope_dim=128,
-        qk_rope_dim=64,
-        v_dim=128,
-        fp8=True,
-        router_bias=True,
-        predict_layers=1,
-    ),
+    "kimi-k2": _KIMI_K2,
+    "deepseek-v3.1": replace(_KIMI_K2, dense_layers=3, experts=256, vocab=129280, heads=128, predict_layers=1),
     "qwen3-235b-a22b": MoeDecoder(
         hidden=4096,
         layers=94,

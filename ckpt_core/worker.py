@@ -144,7 +144,9 @@ class _Attachment:
     def _agree(self) -> tuple[wire.OfferPlan, AgreedPlan]:
         """Up to the agreed plan: what may be refused, is refused here."""
         known = _known.pop(self._worker)
-        if not self._still_holds():
+        refusal = self._refusal()
+        # a worker that refuses may not have its memory: nothing is looked at then
+        if refusal is None and self._recorded is not None and not self._recorded.still_holds():
             known = None
         self._line.send(
             wire.RankHello(
@@ -154,7 +156,8 @@ class _Attachment:
                 known_plan=known.plan.digest if known else "",
             )
         )
-        self._hook.ckpt_supports(worker=self._worker)
+        if refusal is not None:
+            raise refusal
         first = self._line.expect(wire.AskLayout, wire.OfferPlan)
         if isinstance(first, wire.AskLayout):
             layout = self._layout(first)
@@ -173,15 +176,13 @@ class _Attachment:
         self._line.send(wire.PlanAgreed(digest=known.plan.digest))
         return offer, known
 
-    def _still_holds(self) -> bool:
-        """Whether what was learned of the engine is as it was. Not looked at where the memory may not be there."""
-        if self._recorded is None:
-            return True
+    def _refusal(self) -> Exception | None:
+        """Why this worker cannot be updated now; told when there is somebody to tell it to."""
         try:
             self._hook.ckpt_supports(worker=self._worker)
-        except Exception:  # noqa: BLE001 the refusal comes again, when there is somebody to tell it to
-            return False
-        return self._recorded.still_holds()
+        except Exception as refusal:  # noqa: BLE001 raised again, after the hello
+            return refusal
+        return None
 
     def _layout(self, ask: wire.AskLayout) -> Layout:
         self._phase = "layout"

@@ -116,7 +116,7 @@ class Proof:
         named = named_tensors(self.model)
         known = {name: tensor for name, tensor in named.items() if name in self.recording.written}
         others = other_tensors(self.model, known, self.ignored)
-        return {name: checksum(held.holder[held.key]) for name, held in others.items()}
+        return {name: checksum(tensor) for name, tensor in others.items()}
 
 
 def _sum_in_storage(live: torch.Tensor) -> int:

@@ -216,9 +216,9 @@ class _Conditions:
     def _now(self, target: RecordingTarget) -> tuple[object, ...]:
         known = {name: tensor for name, tensor in named_tensors(target.live).items() if name in self._written}
         others = other_tensors(target.live, known, target.caches)
-        tables = {name: checksum(held.holder[held.key]) for name, held in others.items() if _is_table(held.tensor)}
+        tables = {name: checksum(tensor) for name, tensor in others.items() if _is_table(tensor)}
         return target.placement, dict(target.excluded), tables
 
 
-def _is_table(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and not tensor.is_floating_point() and not tensor.is_complex()
+def _is_table(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex()

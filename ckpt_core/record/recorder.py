@@ -16,7 +16,7 @@ from ckpt_core.contract import RecordingTarget
 from ckpt_core.incoming import torch_dtype
 from ckpt_core.manifest import Manifest, TensorMeta
 from ckpt_core.record.recording import Copy, Fill, Recording
-from ckpt_core.record.traced import Traced, traced
+from ckpt_core.record.traced import Traced, result_of_write, storage_id, traced, written_tensors
 from ckpt_core.strided import Strided
 
 _FILLS = frozenset({torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default})
@@ -40,14 +40,12 @@ class _Notes:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def on_copy(self, destination: torch.Tensor, source: Traced) -> None:
-        """See Tracer. A copy that adds dimensions in front repeats its source."""
-        view = source.expand(destination.shape) if source.shape != destination.shape else source
-        assert isinstance(view, Traced)
+        """See Tracer."""
         place = self._region(destination)
-        pure = view.traced_view.as_pure()
+        pure = source.view_in(destination).as_pure()
         with self.lock:
             if place is None or pure is None:
-                self._mark(view, "computed: " + ", ".join(view.traced_view.operations()), place)
+                self._mark(source, "computed: " + ", ".join(source.traced_view.operations()), place)
                 return
             parameter, region = place
             root = pure.origin.root
@@ -115,21 +113,14 @@ class _PlainWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable and not any(isinstance(leaf, Traced) for leaf in tree_leaves((args, kwargs))):
-            written = list(_written(func, args, kwargs))
+            written = list(written_tensors(func, args, kwargs))
             known = [tensor for tensor in written if storage_id(tensor) in self._notes.places]
             constant = 0 if func is torch.ops.aten.zero_.default else next(iter(args[1:]), None)
             for tensor in known:
                 self._notes.on_fill(func, tensor, constant)
             if known:
-                return known[0] if len(func._schema.returns) == 1 else None
+                return result_of_write(func, known)
         return func(*args, **kwargs)
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def record(target: RecordingTarget, manifest: Manifest, *, device: torch.device) -> Recording:
@@ -160,11 +151,6 @@ def record(target: RecordingTarget, manifest: Manifest, *, device: torch.device)
         reaches=_all_reached(notes),
         shared=shared,
     )
-
-
-def storage_id(tensor: torch.Tensor) -> int:
-    """Identity of a storage: meta tensors all have address 0."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _run(target: RecordingTarget, rest: list[TensorMeta], notes: _Notes, device: torch.device) -> None:

@@ -7,7 +7,7 @@ tensor is handed to the tracer and not executed. vLLM's sharded_rdt and ModelExp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -125,6 +125,12 @@ class Traced(torch.Tensor):
         region = Strided(offset=int(inner.storage_offset()), size=tuple(inner.shape), stride=tuple(inner.stride()))
         return View(origin=self.origin, region=region, dtype=inner.dtype)
 
+    def view_in(self, destination: torch.Tensor) -> View:
+        """Which elements a copy into that tensor reads; one that adds dimensions in front repeats its source."""
+        wide = self.expand(destination.shape) if self.shape != destination.shape else self
+        assert isinstance(wide, Traced)
+        return wide.traced_view
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -158,22 +164,15 @@ class _Call:
             return self.args[0]
         if self.func in _ASKS_FOR_DATA:
             return tracer.on_data(name, self.given[0])
-        written = list(self._written())
+        written = list(written_tensors(self.func, self.args, self.kwargs))
         for each in written:
             if isinstance(each, Traced):
                 self._overwrite(each, name)
             else:
                 tracer.on_write(name, each, self.given)
         if written:
-            return written[0] if len(self.func._schema.returns) == 1 else None
+            return result_of_write(self.func, written)
         return self._made(name)
-
-    def _written(self) -> Iterator[torch.Tensor]:
-        arguments = self.func._schema.arguments
-        for position, argument in enumerate(arguments):
-            value = self.args[position] if position < len(self.args) else self.kwargs.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
     def _overwrite(self, written: Traced, name: str) -> None:
         """The loader changes a checkpoint tensor: from now on it is a derived value."""
@@ -189,13 +188,13 @@ class _Call:
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("meta")
         result = self.func(*tree_map(_without_data, self.args), **tree_map(_without_data, kwargs))
-        origins = {_storage(each.geometry): each.origin for each in self.given}
+        origins = {storage_id(each.geometry): each.origin for each in self.given}
         views = tuple(each.traced_view for each in self.given)
 
         def wrap(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            origin = origins.get(_storage(leaf))
+            origin = origins.get(storage_id(leaf))
             if origin is None:
                 copied = self.func in _COPIES and leaf.dtype == self.given[0].dtype and leaf.is_contiguous()
                 operation = "" if copied else name
@@ -213,6 +212,19 @@ def _without_data(leaf: Any) -> Any:
     return leaf
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Arguments that an operation writes to, those in lists and by keyword included."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def result_of_write(func: Any, written: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """What a caller gets back from a write that was not executed."""
+    return written[0] if len(func._schema.returns) == 1 else None
+
+
+def storage_id(tensor: torch.Tensor) -> int:
     """Identity of a storage: meta tensors all have address 0."""
     return int(tensor.untyped_storage()._cdata)
