@@ -44,10 +44,11 @@ def write_checkpoint(path: Path, shapes: list[Shape], seed: int) -> None:
 
 
 def _pattern(name: str, seed: int) -> np.ndarray:
-    """One period of 16-bit values: all finite as BF16."""
+    """One period of 16-bit values: as BF16 of either sign and between 2**-9 and 2**-5, so that a model can compute with them."""
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(f"{seed}:{name}".encode())))
     values = generator.integers(0, 1 << 16, _PERIOD, dtype=np.uint16)
-    return np.where((values & 0x7F80) == 0x7F80, values & 0xBFFF, values).astype(np.int16)
+    exponents = ((values >> 7) & 3) + (127 - 9)
+    return ((values & 0x807F) | (exponents << 7)).astype(np.uint16).view(np.int16)
 
 
 def _write_values(file: object, pattern: np.ndarray, size_bytes: int) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from ckpt_core.contract import (
     LoadTensor,
     PauseMode,
     RankInfo,
+    RecordingTarget,
     Rendezvous,
     Update,
 )
@@ -51,7 +52,10 @@ _SIGNAL_BYTES = 2 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MockOptions:
-    """What the ranks are made of. `one_visible` hides the other GPUs from each rank; `cut` takes tensors in parts."""
+    """What the ranks are made of.
+
+    `one_visible` hides the other GPUs from each rank; `cut` takes tensors in parts; `record` has its loader recorded.
+    """
 
     model: str
     layers: int
@@ -59,6 +63,7 @@ class MockOptions:
     device: str
     one_visible: bool = True
     cut: bool = True
+    record: bool = False
 
 
 class MockWorker:
@@ -129,6 +134,29 @@ class MockWorker:
                 target.copy_(source, non_blocking=True)
         if dense[0]:
             self._torch._foreach_copy_(*dense, non_blocking=True)
+
+    def load_whole(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """A loader as engines have them: whole tensors, narrowed to what this rank needs."""
+        for name, values in tensors:
+            box = self.boxes[name]
+            mine = values
+            for d, (first, count) in enumerate(zip(box.start, box.shape, strict=True)):
+                mine = mine.narrow(d, first, count)
+            self.parameters[name].copy_(mine)
+
+    @cached_property
+    def module(self) -> torch.nn.Module:
+        """The parameters by their path, as engines hold them."""
+        root = self._torch.nn.Module()
+        for name, values in self.parameters.items():
+            *path, last = name.split(".")
+            holder = root
+            for part in path:
+                if part not in dict(holder.named_children()):
+                    holder.add_module(part, self._torch.nn.Module())
+                holder = holder.get_submodule(part)
+            holder.register_parameter(last, self._torch.nn.Parameter(values, requires_grad=False))
+        return root
 
     def _place(self, name: str, part: Box | None) -> tuple[torch.Tensor, Box, bool] | None:
         """Where a part goes, which part of it, and whether that is whole rows: worked out once per part."""
@@ -202,6 +230,13 @@ class MockPlugin:
                 for name, box in worker.boxes.items()
             )
         )
+
+    @hookimpl
+    def ckpt_recording_target(self, worker: MockWorker) -> RecordingTarget | None:
+        """The parameters and a loader of whole tensors, where that is asked for."""
+        if not worker.options.record:
+            return None
+        return RecordingTarget(model=worker.module, load=worker.load_whole, live=worker.module)
 
     @hookimpl
     def ckpt_begin(self, worker: MockWorker, update: Update) -> None:

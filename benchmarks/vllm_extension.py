@@ -30,8 +30,11 @@ class BenchExtension(CkptWorkerExtension, Peer):
         """From now on load by that way: auto, direct or reload."""
         self.vllm_config.additional_config = {"ckpt": {"way": way}}  # type: ignore[attr-defined]
 
-    def ckpt_wrong(self, model: str, layers: int, seed: int) -> int:
-        """Live elements that differ from the generated checkpoint of that seed, on the device."""
+    def ckpt_wrong(self, model: str, layers: int, seed: int) -> dict[str, int]:
+        """Live elements that differ from the generated checkpoint of that seed, on the device.
+
+        In a dictionary: over HTTP vLLM turns numbers into text.
+        """
         from vllm_shapes import shapes_of
 
         shapes = {shape.name: shape for shape in shapes_of(model, layers)}
@@ -41,7 +44,7 @@ class BenchExtension(CkptWorkerExtension, Peer):
         for name, parameter in compat.model_of(self).named_parameters():
             expected = _expected(name, shapes, seed, place, parameter.device)
             wrong += int((parameter.data != expected).sum())
-        return wrong
+        return {"wrong": wrong}
 
 
 def _expected(name: str, shapes: Any, seed: int, place: tuple[int, int], device: Any) -> Any:

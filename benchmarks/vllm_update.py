@@ -36,7 +36,19 @@ from ckpt_core.metrics import UpdateReport
 from ckpt_vllm.launch import NATIVE, VllmServer
 
 SEED = 1
+# what each is called here: how the plugin loads, and whether recorded slices are copied instead
+WAYS = {"replay": ("direct", True), "direct": ("direct", False), "reload": ("reload", False), "thin": ("reload", True)}
 PROMPT = (5, 6, 7, 8)
+_OF_RANKS = (
+    "received_bytes",
+    "replayed_bytes",
+    "recorded_share",
+    "wait_s",
+    "load_s",
+    "begin_s",
+    "finish_s",
+    "retained_bytes",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,6 +61,7 @@ class Result:
     whole_s: list[float] = field(default_factory=list)
     pause_s: list[float] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
+    first_stages: dict[str, float] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     ring_mib: float = 0.0
     wrong: int = 0
@@ -58,8 +71,9 @@ class Result:
 def update_by(server: VllmServer, way: str, checkpoint: Path, options: argparse.Namespace, size_gb: float) -> Result:
     """Some updates by one way, each proved and followed by generation."""
     result = Result(way=way, size_gb=size_gb)
-    server.rpc("ckpt_take_way", way=way)
-    config = UpdateConfig(digest_content=False, fingerprint=False, ring_bytes=options.ring * MIB)
+    taken, replay = WAYS[way]
+    server.rpc("ckpt_take_way", way=taken)
+    config = UpdateConfig(digest_content=False, fingerprint=False, replay=replay, ring_bytes=options.ring * MIB)
     targets = [ckpt_core.Target(engine="vllm", url=server.url)]
     with ckpt_core.Updater(targets, config=config) as updater:
         for number in range(options.repeats + 1):
@@ -74,21 +88,20 @@ def update_by(server: VllmServer, way: str, checkpoint: Path, options: argparse.
 
 def count_wrong(server: VllmServer, options: argparse.Namespace) -> int:
     """Live elements of all ranks that are not the checkpoint's."""
-    return sum(server.rpc("ckpt_wrong", model=options.model, layers=options.layers, seed=SEED))
+    answers = server.rpc("ckpt_wrong", model=options.model, layers=options.layers, seed=SEED)
+    return sum(answer["wrong"] for answer in answers)
 
 
 def _note(result: Result, report: UpdateReport, whole_s: float, *, first: bool) -> None:
     if first:
         result.first_s = report.pause_s
+        result.first_stages = report.stages
         return
     result.whole_s.append(whole_s)
     result.pause_s.append(report.pause_s)
     result.stages = report.stages
     result.ring_mib = report.ring_bytes / MIB
-    result.ranks = [
-        {name: getattr(rank.stats, name) for name in ("wait_s", "load_s", "begin_s", "finish_s", "retained_bytes")}
-        for rank in report.ranks
-    ]
+    result.ranks = [{name: getattr(rank.stats, name) for name in _OF_RANKS} for rank in report.ranks]
 
 
 def run_peer(options: argparse.Namespace, url: str) -> dict[str, Any]:
@@ -118,6 +131,8 @@ def print_results(results: list[Result], peer: dict[str, Any], console: Console)
         "GB/s",
         "first",
         "whole call",
+        "recorded %",
+        "GB a rank",
         "wrong",
     ):
         table.add_column(name, justify="left" if name == "way" else "right")
@@ -134,16 +149,23 @@ def print_results(results: list[Result], peer: dict[str, Any], console: Console)
             f"{result.size_gb / pause:.1f}",
             f"{result.first_s:.3f}",
             f"{statistics.median(result.whole_s):.3f}",
+            f"{100 * min(rank['recorded_share'] for rank in result.ranks):.2f}",
+            f"{max(_pulled(rank) for rank in result.ranks) / 1e9:.2f}",
             str(result.wrong),
         )
     if "update" in peer:
         steady = peer["update"][1:]
         median = statistics.median(steady)
         row = [f"{median:.4f}", f"{min(steady):.4f}", f"{max(steady):.4f}", "", f"{peer['GB'] / median:.1f}"]
-        table.add_row("checkpoint-engine", f"{peer['GB']:.1f}", "", *row, f"{peer['update'][0]:.3f}", "", "")
+        table.add_row("checkpoint-engine", f"{peer['GB']:.1f}", "", *row, f"{peer['update'][0]:.3f}", "", "", "", "")
     elif peer:
         console.print(f"peer: {peer}")
     console.print(table)
+
+
+def _pulled(rank: dict[str, Any]) -> int:
+    """Bytes that a rank read out of rings: where all is replayed, only its own slices."""
+    return rank["replayed_bytes"] or rank["received_bytes"]
 
 
 def main() -> None:
@@ -154,7 +176,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ring", type=int, default=128, help="MiB; grows to the largest tensor that comes whole")
-    parser.add_argument("--way", action="append", help="auto, direct or reload; repeatable")
+    parser.add_argument("--way", action="append", choices=WAYS, help="repeatable")
     parser.add_argument("--server", default="", help="more arguments for vLLM")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--no-check", dest="check", action="store_false", help="where the CPU packs weights")
@@ -192,7 +214,7 @@ def main() -> None:
 def _measure(server: VllmServer, checkpoint: Path, options: argparse.Namespace, size_gb: float) -> None:
     results: list[Result] = []
     peer: dict[str, Any] = {}
-    for number, way in enumerate(options.way or ["auto", "reload"]):
+    for number, way in enumerate(options.way or list(WAYS)):
         results.append(update_by(server, way, checkpoint, options, size_gb))
         if options.peer and number == 0:
             peer = run_peer(options, server.url)

@@ -25,6 +25,7 @@ from ckpt_core.device_source import export_tensors
 from ckpt_core.endpoint import Endpoint, EndpointOptions
 from ckpt_core.fleet import EndpointLocks, Fleet, Member
 from ckpt_core.metrics import Stage, UpdateReport
+from ckpt_core.plan import Plan
 from ckpt_core.session import OnProgress, Session
 from ckpt_core.shm import private_directory, remove_directory
 from ckpt_core.source import SourceIndex, open_checkpoint, restage_tensors, stage_tensors
@@ -143,13 +144,13 @@ class Updater:
                 self._stop_agents()  # one of them may be what failed; the next update starts with new ones
                 raise
             self._known_plan = session.known_plan
-            return self._with_prediction(report)
+            return self._with_prediction(report, session.plan)
 
-    def _with_prediction(self, report: UpdateReport) -> UpdateReport:
+    def _with_prediction(self, report: UpdateReport, plan: Plan | None) -> UpdateReport:
         """What it should have taken on this machine; worked out when the engines serve again."""
-        if self._known_plan is None or self._limits is None:
+        if plan is None or self._limits is None:
             return report
-        return replace(report, predicted=predict(self._known_plan.plan, self._limits))
+        return replace(report, predicted=predict(plan, self._limits))
 
     @cached_property
     def _limits(self) -> machine_limits.Limits | None:

@@ -40,12 +40,14 @@ class Endpoint:
         engine: name of the plugin that serves it.
         options: see EndpointOptions.
         handle: the engine object, for engines in this process; plugins look at it first.
+        notes: what the plugin wants to remember of this instance between hooks.
     """
 
     url: str
     engine: str
     options: EndpointOptions = field(default_factory=EndpointOptions)
     handle: Any = None
+    notes: dict[str, object] = field(default_factory=dict, repr=False)
     _client: httpx.Client | None = None
 
     def __str__(self) -> str:

@@ -54,7 +54,8 @@ class Session:
         on_progress: told stage, done and total bytes, now and then.
 
     Attributes:
-        known_plan: of this update, once it is committed.
+        plan: what was carried out, once it is committed.
+        known_plan: the same, to be taken again by the next update; None where the next one needs another.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Session:
         self._config = config
         self._known_plan = known_plan
         self.known_plan: KnownPlan | None = None
+        self.plan: Plan | None = None
         self._on_progress = on_progress
         self._token = secrets.token_hex(16)
         self._watch = Stopwatch()
@@ -115,7 +117,9 @@ class Session:
         except BaseException as error:
             if (aborted := self._undo(error)) is not None:
                 raise aborted from error
-        self.known_plan = KnownPlan(plan=plan, ranks=rank_keys(self._hellos), asked=self._terms(manifest).asked)
+        self.plan = plan
+        if not any(answer.stats.learned for answer in self._verified.values()):  # else rings are as asked for again
+            self.known_plan = KnownPlan(plan=plan, ranks=rank_keys(self._hellos), asked=self._terms(manifest).asked)
         self._serve()
         return plan
 

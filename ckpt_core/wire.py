@@ -19,7 +19,7 @@ from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
 from ckpt_core.trace import Track
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 512 << 20  # a plan of a trillion parameters in 140,000 tensors takes some 30 MB
 
 
@@ -72,6 +72,7 @@ class RankStats(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         replayed_bytes: read by recorded copies, without the engine's loader; of `received_bytes`, which counts whole pieces.
         recorded_share: of the bytes that the engine's loader takes: those that recorded copies could.
+        learned: its next layout will be another: this update proved what recorded copies can do.
     """
 
     received_bytes: int
@@ -85,6 +86,7 @@ class RankStats(msgspec.Struct, frozen=True, kw_only=True):
     digested_bytes: int
     replayed_bytes: int = 0
     recorded_share: float = 0.0
+    learned: bool = False
     ignored: tuple[str, ...] = ()
     tracks: tuple[Track, ...] = ()
 

@@ -276,6 +276,7 @@ class _Attachment:
             digested_bytes=applier.digested_bytes,
             replayed_bytes=applier.replayed_bytes,
             recorded_share=self._recorded.recorded_share if self._recorded is not None else 0.0,
+            learned=self._learned,
             ignored=tuple(applier.ignored),
             tracks=tracks.take(),
         )

@@ -215,8 +215,8 @@ class _Conditions:
 
     def _now(self, target: RecordingTarget) -> tuple[object, ...]:
         known = {name: tensor for name, tensor in named_tensors(target.live).items() if name in self._written}
-        others = other_tensors(target.live, known, target.caches)
-        tables = {name: checksum(tensor) for name, tensor in others.items() if _is_table(tensor)}
+        found = other_tensors(target.live, known, target.caches, wanted=_is_table)
+        tables = {name: checksum(tensor) for name, tensor in found.items()}
         return target.placement, dict(target.excluded), tables
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
 _DEPTH = 3
+_HOLD_NOTHING = (int, float, str, bytes, torch.dtype, torch.device, type(None))
 
 
 def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -17,19 +18,25 @@ def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def other_tensors(
-    model: torch.nn.Module, known: Mapping[str, torch.Tensor], ignored: Collection[str]
+    model: torch.nn.Module,
+    known: Mapping[str, torch.Tensor],
+    ignored: Collection[str],
+    wanted: Callable[[torch.Tensor], bool] = lambda tensor: True,
 ) -> dict[str, torch.Tensor]:
     """Tensors with data that modules hold, or objects that they hold, and whose storage is none of `known`.
 
     Args:
         ignored: attributes that hold no weights, e.g. caches.
+        wanted: of interest to the caller.
     """
     storages = {tensor.untyped_storage().data_ptr() for tensor in known.values() if not tensor.is_meta}
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, tensor in _tensors_in(vars(module), path, ignored, seen, _DEPTH):
-            if tensor.numel() and not tensor.is_meta and tensor.untyped_storage().data_ptr() not in storages:
+            if not wanted(tensor) or not tensor.numel() or tensor.is_meta:
+                continue
+            if tensor.untyped_storage().data_ptr() not in storages:
                 found.setdefault(name, tensor)
     return found
 
@@ -37,15 +44,15 @@ def other_tensors(
 def _tensors_in(
     holder: Any, path: str, ignored: Collection[str], seen: set[int], depth: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Called while an engine stands still, for each attribute of each module: what cannot hold a tensor goes first."""
     items = holder.items() if isinstance(holder, Mapping) else enumerate(holder)
     for key, value in list(items):
-        name = f"{path}.{key}"
-        if key in ignored or isinstance(value, torch.nn.Module):
+        if isinstance(value, _HOLD_NOTHING) or key in ignored or isinstance(value, torch.nn.Module):
             continue
         if isinstance(value, torch.Tensor):
-            yield name, value
-        elif depth and id(value) not in seen:
+            yield f"{path}.{key}", value
+            continue
+        inner = value if isinstance(value, dict | list | tuple) else getattr(value, "__dict__", None)
+        if inner and depth and key != "_modules" and id(value) not in seen:
             seen.add(id(value))
-            inner = value if isinstance(value, dict | list | tuple) else getattr(value, "__dict__", None)
-            if inner:
-                yield from _tensors_in(inner, name, ignored, seen, depth - 1)
+            yield from _tensors_in(inner, f"{path}.{key}", ignored, seen, depth - 1)

@@ -68,6 +68,7 @@ def test_recorded_slices_are_enough(checkpoint_of, updater_of, arch, tp):
         assert sum(rank.stats.replayed_bytes for rank in replayed.ranks) < 0.8 * tp * replayed.size_bytes
         assert all(rank.stats.recorded_share == 1 for rank in replayed.ranks)
         assert all(rank.stats.replayed_bytes <= rank.stats.received_bytes for rank in replayed.ranks)
+        assert all(rank.stats.learned for rank in watched.ranks)
         loaded = updater_of(server, replay=False).update(second, version="B")
         assert [rank.fingerprint for rank in loaded.ranks] == [rank.fingerprint for rank in watched.ranks]
         assert [rank.stats.replayed_bytes for rank in loaded.ranks] == [0] * tp

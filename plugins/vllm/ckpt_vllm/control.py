@@ -6,6 +6,7 @@ The routes are there when the server runs with VLLM_SERVER_DEV_MODE=1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_core.contract import DeviceKind, EndpointState, EndpointStatus, PauseMode, Rendezvous
 from ckpt_core.errors import EngineError, EngineUnavailable
+from ckpt_vllm import native
 
 if TYPE_CHECKING:
     import httpx
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 ENGINE = "vllm"
 _STATUS_TIMEOUT_S = 10.0
+_CONFIG = "vllm server config"
+_VERSIONLESS = "vllm has no weight versions"
 _EXTENSION = "ckpt_vllm.extension.CkptWorkerExtension"
 _HOW_TO_START = (
     'start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment and --weight-transfer-config \'{"backend": "ckpt"}\' '
@@ -69,14 +73,11 @@ def ready(endpoint: Endpoint) -> EndpointStatus:
 
 def attach(endpoint: Endpoint, rendezvous: Rendezvous) -> None:
     """See `ckpt_attach`: by the road that the server offers."""
-    given, timeout_s = asdict(rendezvous), rendezvous.lifetime_s
-    if _config(endpoint).road is Road.EXTENSION:
-        _rpc(endpoint, "ckpt_attach", kwargs={"rendezvous": given}, timeout_s=timeout_s)
-        return
-    endpoint.request("POST", "/init_weight_transfer_engine", json={"init_info": {}})
-    endpoint.request("POST", "/start_weight_update")
-    endpoint.request("POST", "/update_weights", json={"update_info": {"rendezvous": given}}, timeout_s=timeout_s)
-    endpoint.request("POST", "/finish_weight_update", json={})
+    if _known_config(endpoint).road is Road.EXTENSION:
+        given = {"rendezvous": asdict(rendezvous)}
+        _rpc(endpoint, "ckpt_attach", kwargs=given, timeout_s=rendezvous.lifetime_s)
+    else:
+        native.transfer(endpoint, rendezvous)
 
 
 def wake(endpoint: Endpoint, tags: tuple[str, ...]) -> None:
@@ -86,37 +87,47 @@ def wake(endpoint: Endpoint, tags: tuple[str, ...]) -> None:
 
 
 def pause(endpoint: Endpoint, mode: PauseMode) -> int | None:
-    """See `ckpt_pause`. Requests that end are counted right before it, those that go on while they stand still."""
+    """See `ckpt_pause`. vLLM sleeps before it answers: what else is to be done goes into that time."""
     engine_mode, clear_cache = PAUSE[mode]
-    ranks = partial(_rpc, endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)
-    before = unfinished_of(ranks())
-    endpoint.request(
-        "POST",
-        "/pause",
-        params={"mode": engine_mode, "clear_cache": str(clear_cache).lower()},
-        timeout_s=endpoint.options.pause_timeout_s,
-    )
-    return unfinished_of(ranks()) if engine_mode == "keep" else before
+    params = {"mode": engine_mode, "clear_cache": str(clear_cache).lower()}
+    timeout_s = endpoint.options.pause_timeout_s
+    with ThreadPoolExecutor(1, thread_name_prefix="ckpt-vllm-pause") as threads:
+        pausing = threads.submit(endpoint.request, "POST", "/pause", params=params, timeout_s=timeout_s)
+        if _known_config(endpoint).road is Road.NATIVE:
+            native.open_session(endpoint)
+        ranks = _rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)
+        pausing.result()
+    if not is_paused(ranks):  # it was asked before vLLM came to the pause
+        ranks = _rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)
+    return met_by_pause(ranks)
 
 
 def flush_cache(endpoint: Endpoint) -> None:
     """See `ckpt_flush_cache`: prefix, multimodal and encoder caches."""
-    answer = endpoint.request("POST", "/reset_prefix_cache")
-    if _json(answer).get("success") is False:
+    routes = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
+    with ThreadPoolExecutor(len(routes), thread_name_prefix="ckpt-vllm-flush") as threads:
+        prefix, *_ = threads.map(partial(endpoint.request, "POST"), routes)
+    if _json(prefix).get("success") is False:
         raise EngineError(f"{endpoint} kept its prefix cache: requests still hold blocks of it; abort them or wait")
-    endpoint.request("POST", "/reset_mm_cache")
-    endpoint.request("POST", "/reset_encoder_cache")
 
 
 def resume(endpoint: Endpoint, version: str | None) -> None:
     """See `ckpt_resume`. The version goes first, so that no token carries the old one."""
-    if version is not None:
-        try:
-            endpoint.request("POST", "/update_weight_version", json={"new_version": version})
-        except EngineUnavailable:
-            if not _alive(endpoint):
-                raise  # else it is a vLLM without versions (before 0.32)
-    endpoint.request("POST", "/resume")
+    try:
+        if version is not None and endpoint.notes.get(_VERSIONLESS) is None:
+            _tell_version(endpoint, version)
+        endpoint.request("POST", "/resume")
+    finally:
+        native.settle(endpoint)
+
+
+def _tell_version(endpoint: Endpoint, version: str) -> None:
+    try:
+        endpoint.request("POST", "/update_weight_version", json={"new_version": version})
+    except EngineUnavailable:
+        if not _alive(endpoint):
+            raise
+        endpoint.notes[_VERSIONLESS] = True  # a vLLM before 0.32
 
 
 PAUSE: Mapping[PauseMode, tuple[str, bool]] = {
@@ -128,10 +139,16 @@ PAUSE: Mapping[PauseMode, tuple[str, bool]] = {
 }
 
 
-def unfinished_of(ranks: Sequence[Mapping[str, Any]]) -> int | None:
-    """Requests in flight as the ranks' answers tell them."""
+def is_paused(ranks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the engine core knew of a pause when it answered for its ranks."""
     facts = ranks[0].get("engine") if ranks else None
-    return int(facts["unfinished"]) if facts else None
+    return bool(facts and facts["paused"])
+
+
+def met_by_pause(ranks: Sequence[Mapping[str, Any]]) -> int | None:
+    """Requests in flight when the last pause began, as the ranks' answers tell."""
+    facts = ranks[0].get("engine") if ranks else None
+    return None if not facts or facts.get("met") is None else int(facts["met"])
 
 
 def status_of(config: ServerConfig, ranks: Sequence[Mapping[str, Any]]) -> EndpointStatus:
@@ -198,7 +215,15 @@ def _config(endpoint: Endpoint) -> ServerConfig:
         answer = endpoint.request("GET", "/server_info", params={"config_format": "json"})
     except EngineUnavailable as error:
         raise EngineUnavailable(f"{endpoint} has no control routes; {_HOW_TO_START} ({error})") from error
-    return config_of(_json(answer).get("vllm_config"), where=str(endpoint))
+    found = config_of(_json(answer).get("vllm_config"), where=str(endpoint))
+    endpoint.notes[_CONFIG] = found
+    return found
+
+
+def _known_config(endpoint: Endpoint) -> ServerConfig:
+    """As of the last check."""
+    known = endpoint.notes.get(_CONFIG)
+    return known if isinstance(known, ServerConfig) else _config(endpoint)
 
 
 def config_of(found: Any, *, where: str) -> ServerConfig:

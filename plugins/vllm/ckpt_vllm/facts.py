@@ -18,6 +18,7 @@ class EngineFacts:
         paused: the scheduler starts no step.
         asleep: some memory is given back; `weights_asleep`: that of the weights.
         unfinished: requests in flight.
+        met: requests in flight when the last pause began; None before the first.
         version: weight version as vLLM knows it.
     """
 
@@ -26,6 +27,7 @@ class EngineFacts:
     asleep: bool = False
     weights_asleep: bool = False
     unfinished: int = 0
+    met: int | None = None
     version: str = ""
 
     @classmethod

@@ -1,7 +1,8 @@
 """No token from weights that are not known to be any one checkpoint, whoever resumes vLLM.
 
-Three small patches, put in by the general plugin (or the worker extension) in every process of vLLM that imports it:
+Four small patches, put in by the general plugin (or the worker extension) in every process of vLLM that imports it:
 
+* `EngineCore.pause_scheduler` counts the requests that it meets.
 * `EngineCore.resume_scheduler` asks every rank first, and refuses while one is poisoned: a client's POST /resume gets an error
   and the server lives on, paused. A wake that would resume leaves it paused.
 * `EngineCore.collective_rpc` tells our attach call whether the scheduler is paused, which workers do not know; answers
@@ -26,6 +27,7 @@ from ckpt_vllm.facts import EngineFacts
 
 _log = logging.getLogger("vllm.ckpt")  # below vLLM's own logger, whose handler shows it
 _MARK = "_ckpt_patched"
+_MET = "_ckpt_met"
 _WAITING = "vLLM was started to wait for its first weights, and none have been committed"
 ATTACH, STATUS, DIGESTS, NATIVE = "ckpt_attach", "ckpt_status", "ckpt_digests", "update_weights"
 
@@ -40,6 +42,9 @@ def install() -> None:
     for serving in compat.serving_core_classes():
         # there the plugin is loaded in the middle of __init__: too late to patch that
         serving.run_busy_loop = _prepared_first(serving.run_busy_loop)
+    for kind in (core, *compat.serving_core_classes()):
+        if "pause_scheduler" in vars(kind):
+            kind.pause_scheduler = _counted_pause(kind.pause_scheduler)
     core.resume_scheduler = _guarded_resume(core.resume_scheduler)
     core.wake_up = _guarded_wake(core.wake_up)
     core.collective_rpc = _informed_rpc(core.collective_rpc)
@@ -57,6 +62,7 @@ def facts_of(core: Any) -> EngineFacts:
         asleep=asleep,
         weights_asleep=weights_asleep,
         unfinished=compat.unfinished_in(core),
+        met=getattr(core, _MET, None),
         version=compat.weight_version_of(core),
     )
 
@@ -107,6 +113,15 @@ def _prepare(core: Any) -> None:
 
 def _facts_or_none(core: Any | None) -> EngineFacts:
     return EngineFacts() if core is None else facts_of(core)
+
+
+def _counted_pause(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def pause_scheduler(core: Any, *args: Any, **kwargs: Any) -> Any:
+        setattr(core, _MET, compat.unfinished_in(core))
+        return original(core, *args, **kwargs)
+
+    return pause_scheduler
 
 
 def _guarded_resume(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,13 +13,12 @@ import asyncio
 from collections.abc import Coroutine
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckpt_core.contract import DeviceKind, EndpointStatus, PauseMode, Rendezvous
 from ckpt_core.errors import ConfigError, EngineError, EngineStateError, EngineUnavailable
 from ckpt_vllm import compat, control
-from ckpt_vllm.control import PAUSE, Road, ServerConfig, unfinished_of
+from ckpt_vllm.control import PAUSE, Road, ServerConfig, met_by_pause
 from ckpt_vllm.guard import ATTACH, STATUS
 
 if TYPE_CHECKING:
@@ -181,10 +180,8 @@ def pause(endpoint: Endpoint, mode: PauseMode) -> int | None:
     """See `ckpt_pause`."""
     handle = handle_of(endpoint.handle)
     engine_mode, clear_cache = PAUSE[mode]
-    ranks = partial(handle.rpc, STATUS, {}, endpoint.options.timeout_s)
-    before = unfinished_of(ranks())
     handle.pause(engine_mode, clear_cache, endpoint.options.pause_timeout_s)
-    return unfinished_of(ranks()) if engine_mode == "keep" else before
+    return met_by_pause(handle.rpc(STATUS, {}, endpoint.options.timeout_s))
 
 
 def flush_cache(endpoint: Endpoint) -> None:

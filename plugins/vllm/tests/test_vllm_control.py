@@ -9,9 +9,11 @@ from ckpt_core.contract import DeviceKind, EndpointState, PauseMode, Rendezvous
 from ckpt_core.endpoint import Endpoint
 from ckpt_core.errors import EngineError, EngineStateError, EngineUnavailable
 from ckpt_vllm import control
+from ckpt_vllm import native as native_session
 
 RENDEZVOUS = Rendezvous(address="ipc:///x", token="secret", update_id="u", silence_timeout_s=1.0)  # noqa: S106
-FACTS = {"known": True, "paused": False, "asleep": False, "weights_asleep": False, "unfinished": 3, "version": ""}
+FACTS = {"known": True, "paused": False, "asleep": False, "weights_asleep": False, "unfinished": 3}
+ROUTES = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
 RANK = {"rank": 0, "poison": "", "updating": False, "version": "v7", "way": "", "reason": "", "engine": FACTS}
 
 
@@ -129,11 +131,42 @@ def test_a_server_without_the_plugin_is_never_asked_for_a_method_it_lacks():
 
 
 def test_native_attach_is_one_call_between_bookkeeping():
-    routes = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
-    server = Server(server_config(backend="ckpt"), **{route: ok() for route in routes})
-    control.attach(server.endpoint(), RENDEZVOUS)
-    assert [path for path, _ in server.asked[1:]] == [f"/{route}" for route in routes]
+    server = Server(server_config(backend="ckpt"), **{route: ok() for route in ROUTES})
+    endpoint = server.endpoint()
+    control.attach(endpoint, RENDEZVOUS)
+    native_session.settle(endpoint)
+    assert [path for path, _ in server.asked[1:]] == [f"/{route}" for route in ROUTES]
     assert server.asked[3][1]["update_info"]["rendezvous"]["update_id"] == "u"
+
+
+def test_a_session_is_opened_during_the_pause_and_closed_by_the_resume():
+    server = Server(server_config(backend="ckpt"), pause=ok(), resume=ok(), **{route: ok() for route in ROUTES})
+    endpoint = server.endpoint()
+    control.pause(endpoint, PauseMode.WAIT)
+    opened = [path for path, _ in server.asked]
+    assert {"/init_weight_transfer_engine", "/start_weight_update"} <= set(opened)
+    control.attach(endpoint, RENDEZVOUS)
+    control.resume(endpoint, None)
+    later = [path for path, _ in server.asked[len(opened) :]]
+    assert later[0] == "/update_weights"
+    assert sorted(later[1:]) == ["/finish_weight_update", "/resume"]
+
+
+def test_a_session_that_nothing_was_transferred_in_is_closed_by_the_resume():
+    server = Server(server_config(backend="ckpt"), pause=ok(), resume=ok(), **{route: ok() for route in ROUTES})
+    endpoint = server.endpoint()
+    control.pause(endpoint, PauseMode.WAIT)
+    control.resume(endpoint, None)
+    assert [path for path, _ in server.asked[-2:]] == ["/resume", "/finish_weight_update"]
+
+
+def test_a_session_that_cannot_be_closed_is_left_to_the_next_one():
+    server = Server(server_config(backend="ckpt"), resume=ok(), **{route: ok() for route in ROUTES[:3]})
+    endpoint = server.endpoint()
+    control.attach(endpoint, RENDEZVOUS)
+    control.resume(endpoint, None)
+    control.attach(endpoint, RENDEZVOUS)
+    assert [path for path, _ in server.asked].count("/init_weight_transfer_engine") == 2
 
 
 def test_extension_attach_is_one_rpc_without_a_timeout():
@@ -156,12 +189,29 @@ def test_extension_attach_is_one_rpc_without_a_timeout():
         (PauseMode.RETRACT, "mode=keep&clear_cache=true"),
     ],
 )
-def test_pause_counts_requests_that_end_before_it_and_those_that_go_on_after_it(native, mode, query):
-    native.answers["/pause"] = ok(status="paused")
+def test_pause_tells_how_many_requests_it_met(native, mode, query):
+    for route in ("/pause", "/init_weight_transfer_engine", "/start_weight_update"):
+        native.answers[route] = ok()
+    native.answers["/collective_rpc"] = ok(results=[{**RANK, "engine": {**FACTS, "paused": True, "met": 3}}])
     assert control.pause(native.endpoint(), mode) == 3
-    asked = [path for path, _ in native.asked]
-    assert f"/pause?{query}" in asked
-    assert (asked[-1] == "/collective_rpc") is (mode not in (PauseMode.ABORT, PauseMode.WAIT))
+    assert f"/pause?{query}" in [path for path, _ in native.asked]
+
+
+def test_a_core_that_had_not_come_to_the_pause_is_asked_again(native):
+    for route in ("/pause", "/init_weight_transfer_engine", "/start_weight_update"):
+        native.answers[route] = ok()
+    assert control.pause(native.endpoint(), PauseMode.WAIT) is None  # it says that it is not paused, both times
+    assert [path for path, _ in native.asked].count("/collective_rpc") == 2
+
+
+def test_a_refused_pause_is_an_error(native):
+    native.answers |= {
+        "/pause": httpx.Response(500),
+        "/init_weight_transfer_engine": ok(),
+        "/start_weight_update": ok(),
+    }
+    with pytest.raises(EngineError, match="/pause"):
+        control.pause(native.endpoint(), PauseMode.ABORT)
 
 
 def test_flush_drops_all_three_caches(native):
@@ -171,11 +221,11 @@ def test_flush_drops_all_three_caches(native):
         "/reset_encoder_cache": httpx.Response(200),
     }
     control.flush_cache(native.endpoint())
-    assert [path for path, _ in native.asked] == ["/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
+    assert {path for path, _ in native.asked} == {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
 
 
 def test_a_refused_flush_is_an_error(native):
-    native.answers["/reset_prefix_cache"] = ok(success=False)
+    native.answers |= {"/reset_mm_cache": ok(), "/reset_encoder_cache": ok(), "/reset_prefix_cache": ok(success=False)}
     with pytest.raises(EngineError, match="prefix cache"):
         control.flush_cache(native.endpoint())
 
@@ -192,10 +242,12 @@ def test_resume_without_a_version_leaves_it(native):
     assert [path for path, _ in native.asked] == ["/resume"]
 
 
-def test_resume_of_a_vllm_without_versions(native):
+def test_a_vllm_without_versions_is_asked_once(native):
     native.answers["/resume"] = ok()
-    control.resume(native.endpoint(), "v8")
-    assert native.asked[-1][0] == "/resume"
+    endpoint = native.endpoint()
+    control.resume(endpoint, "v8")
+    control.resume(endpoint, "v9")
+    assert [path for path, _ in native.asked] == ["/update_weight_version", "/health", "/resume", "/resume"]
 
 
 def test_a_refused_resume_is_an_error(native):
