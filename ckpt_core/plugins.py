@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -85,8 +86,9 @@ def names() -> tuple[str, ...]:
     return tuple(sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)}))
 
 
+@cache  # to look for entry points takes 10 ms, and ranks ask while their engine stands still
 def load(name: str) -> EnginePlugin:
-    """Load, check and return the plugin of that engine.
+    """Load, check and return the plugin of that engine; once in a process.
 
     Raises:
         PluginNotFound: none is installed under that name.

@@ -150,6 +150,7 @@ def test_to_say_no_needs_no_hook(capability):
 def installed(monkeypatch):
     """Replaces what is installed; gives the list to fill."""
     points = []
+    plugins.load.cache_clear()
     monkeypatch.setattr(plugins, "entry_points", lambda *, group: [point for point in points if point.group == group])
     return points
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import EngineError, EngineStateError, EngineUnavailable
@@ -20,7 +21,7 @@ _log = logging.getLogger(__name__)
 _ALONE = (
     threading.RLock()
 )  # SGLang builds and loads models by process-wide state: the default dtype, the open layer stack
-RAN_ON = ("0.5.23",)  # versions on which this plugin's tests ran on the real engine
+RAN_ON = ("0.5.17", "0.5.23")  # versions on which this plugin ran on the real engine; the README says what of it
 
 # -- where hooks go: dotted paths for SGLang's HookRegistry ----------------------------------------------------------
 SCHEDULER = "sglang.srt.managers.scheduler"
@@ -117,7 +118,13 @@ def weight_version() -> str:
 
 def record_version(scheduler: Any, version_: str) -> None:
     """From here on tokens are made by that version: also for requests that are there already."""
-    scheduler.record_weight_version_change(new_version=version_)
+    record = getattr(scheduler, "record_weight_version_change", None)
+    if record is not None:
+        record(new_version=version_)
+        return
+    from sglang.srt.runtime_context import get_context  # 0.5.17: requests do not remember versions
+
+    get_context().override("ckpt", weight_version=version_)
 
 
 def model_path(scheduler: Any) -> str:
@@ -127,10 +134,28 @@ def model_path(scheduler: Any) -> str:
 
 def runners(scheduler: Any) -> list[tuple[str, Any]]:
     """Role and model runner of every model that has weights: the target first, then draft models."""
+    if not _lists_runners(scheduler):
+        return [("target", scheduler.tp_worker.model_runner)]  # with a draft model no update gets past `not_updatable`
     found = list(scheduler.tp_worker.weight_update_runners())
     if scheduler.draft_worker is not None:
         found += scheduler.draft_worker.weight_update_runners()
     return found
+
+
+def _lists_runners(scheduler: Any) -> bool:
+    return hasattr(scheduler.tp_worker, "weight_update_runners")
+
+
+def not_updatable(scheduler: Any) -> str | None:
+    """What this engine runs that its version of SGLang, unlike later ones, has no means to load again (0.5.17)."""
+    if scheduler.draft_worker is not None and not _lists_runners(scheduler):
+        return "a draft model: it does not say which models speculative decoding holds"
+    runner = scheduler.tp_worker.model_runner
+    if runner.model_config.quantization is not None and not hasattr(runner.weight_updater, "begin_weight_update"):
+        return (
+            f"--quantization {runner.model_config.quantization}: it cannot undo what post-processing did to the weights"
+        )
+    return None
 
 
 def weights_are_released(scheduler: Any) -> bool:
@@ -169,9 +194,10 @@ def derived_cache_error(model: Any) -> str | None:
         from sglang.srt.model_executor.model_runner_components.weight_updater import (
             _unsupported_derived_weight_cache_error as reason,
         )
+
+        found: str | None = reason(model) if signature(reason).parameters else reason()
     except ImportError:
-        return None
-    found: str | None = reason(model)
+        return None  # it imports the kernels it asks about: those that cannot be imported cache nothing
     return found
 
 
@@ -184,12 +210,24 @@ def weight_cache_mode() -> str:
 
 def begin_native(runner: Any) -> None:
     """Undo what quantisation packed in place, so that weights can be loaded again."""
-    runner.weight_updater.begin_weight_update()
+    if hasattr(runner.weight_updater, "begin_weight_update"):
+        runner.weight_updater.begin_weight_update()  # 0.5.17 has none: see `not_updatable`
 
 
 def end_native(runner: Any) -> None:
     """The model's own fixup, then quantisation of every module: the order of a load at start."""
-    runner.weight_updater.end_weight_update(run_post_load=True)
+    if hasattr(runner.weight_updater, "end_weight_update"):
+        runner.weight_updater.end_weight_update(run_post_load=True)
+        return
+    import torch
+    from sglang.srt.model_loader import loader
+
+    loader._post_load_weights(runner.model)
+    for module in runner.model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            with loader.device_loading_context(module, torch.device(runner.device)):
+                method.process_weights_after_loading(module)
 
 
 def load_native(runner: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -223,7 +261,11 @@ def abort_output(scheduler: Any, request: Any, message: str, status_code: int) -
     from sglang.srt.managers.io_struct import AbortReq
 
     reason = {"type": "abort", "status_code": status_code, "message": message}
-    scheduler.send_abort_output(AbortReq(rid=request.rid, abort_message=message, finished_reason=reason), request)
+    answer = AbortReq(rid=request.rid, abort_message=message, finished_reason=reason)
+    if hasattr(scheduler, "send_abort_output"):
+        scheduler.send_abort_output(answer, request)
+    else:
+        scheduler.ipc_channels.send_to_tokenizer.send_output(answer, request)
 
 
 def request_kinds() -> tuple[type, tuple[type, ...], tuple[type, ...]]:
@@ -318,6 +360,29 @@ def note_version(manager: Any, version_: str) -> None:
     manager._update_weight_version_if_provided(version_)
 
 
+def served_version(manager: Any, recorded: str) -> str:
+    """The version that is served, where the scheduler recorded that one.
+
+    Where schedulers cannot be told of a version (0.5.17), theirs is that of our last commit, and SGLang's own updates are
+    known to the tokenizer manager only.
+    """
+    return recorded if _tells_scheduler(manager) else str(manager.config_value("weight_version"))
+
+
+async def name_version(manager: Any, version_: str) -> None:
+    """Call the weights that are there by another name, in scheduler and tokenizer manager."""
+    if not _tells_scheduler(manager):
+        note_version(manager, version_)
+        return
+    # aborting is its default: requests that were retracted or frozen must live
+    request = requests().UpdateWeightVersionReqInput(new_version=version_, abort_all_requests=False)
+    await manager.update_weight_version(request)
+
+
+def _tells_scheduler(manager: Any) -> bool:
+    return hasattr(manager, "update_weight_version")
+
+
 def admin_route(function: Any) -> Any:
     """Mark a route as one that needs the admin key, where the server has one."""
     try:
@@ -334,7 +399,8 @@ def check_topology() -> None:
         EngineStateError: data parallel, or several tokenizer workers.
     """
     found = parallel()
-    if int(found.dp_size) != 1 or bool(getattr(found, "attn_dp_enabled", False)):
+    attention = any(bool(getattr(found, name, False)) for name in ("attn_dp_enabled", "enable_dp_attention"))
+    if int(found.dp_size) != 1 or attention:
         raise EngineStateError(
             "SGLang does not hand weight updates to data-parallel ranks (--dp-size, --enable-dp-attention); run one server per "
             "replica and name each with --endpoint"

@@ -46,7 +46,7 @@ class EngineControl:
             world_size=facts["world_size"],
             device_kind=DeviceKind(facts["device_kind"]),
             instance_id=facts["instance_id"],
-            version="" if facts["waiting"] else facts["version"],
+            version="" if facts["waiting"] else compat.served_version(self._manager, facts["version"]),
             detail=facts["refuses"],
         )
 
@@ -91,12 +91,8 @@ class EngineControl:
         Raises:
             EngineStateError: the weights are not known to be any one checkpoint.
         """
-        requests = compat.requests()
         if version is not None:
-            # aborting is its default: requests that were retracted or frozen must live
-            await self._manager.update_weight_version(
-                requests.UpdateWeightVersionReqInput(new_version=version, abort_all_requests=False)
-            )
+            await compat.name_version(self._manager, version)
         await self.check_may_serve()
         await self._manager.continue_generation(compat.continue_request())
 

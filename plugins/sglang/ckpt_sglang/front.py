@@ -42,7 +42,9 @@ async def around_update(original: Callable[..., Awaitable[Any]], manager: Any, *
     finally:
         control.updating = False
     with contextlib.suppress(CkptError):  # told to whoever asks for the status
-        compat.note_version(manager, (await control.facts())["version"])
+        facts = await control.facts()
+        if KEY in args[0].zmq_handles and answer[0]:  # SGLang notes those of its own updates
+            compat.note_version(manager, facts["version"])
     return answer
 
 

@@ -33,10 +33,12 @@ _CAPABILITIES: Mapping[Capability, Support] = {
     Capability.PARTIAL_UPDATE: FULL,
     Capability.RECORDED_LAYOUT: Support(level=Level.FULL, detail="not with a draft model"),
     Capability.QUANTIZED: not_implemented(
-        "post-processing is called, but on CPUs SGLang quantises (fp8, w8a8_int8) with AMX only, so it was never run"
+        "post-processing is called, but on CPUs SGLang quantises (fp8, w8a8_int8) with AMX only, so it was never run; "
+        "refused on SGLang 0.5.17"
     ),
     Capability.DRAFT_MODEL: not_implemented(
-        "loaded like the target, but draft models need kernels that the stand-in on CPUs lacks, so it was never run"
+        "loaded like the target, but draft models need kernels that the stand-in on CPUs lacks, so it was never run; "
+        "refused on SGLang 0.5.17"
     ),
     Capability.TIED_WEIGHTS: FULL,
     Capability.LORA: unsupported("adapters are loaded by SGLang's own routes and stay as they are"),
@@ -57,7 +59,10 @@ _CAPABILITIES: Mapping[Capability, Support] = {
     ),
     Capability.POISON_GUARD: FULL,
     Capability.INITIAL_WEIGHTS: FULL,
-    Capability.LIVE_VERSION: FULL,
+    Capability.LIVE_VERSION: Support(
+        level=Level.FULL,
+        detail="SGLang 0.5.17 names one version an answer, that of its end, and has no weight_versions by token",
+    ),
 }
 
 

@@ -23,6 +23,8 @@ def check_supported(rank: SglangRank) -> None:
         raise EngineStateError(
             f"--weight-cache-mode {mode}: the weights are shared with other engines and must not be written; start with off"
         )
+    if what := compat.not_updatable(rank.scheduler):
+        raise EngineStateError(f"SGLang {compat.engine_version()} cannot update {what}; use a later version")
     for role, runner in compat.runners(rank.scheduler):
         if reason := compat.derived_cache_error(runner.model):
             raise EngineStateError(f"SGLang refuses to update the {role} model while it runs: {reason}")

@@ -6,7 +6,7 @@ The routes are there when the server runs with VLLM_SERVER_DEV_MODE=1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_core.contract import DeviceKind, EndpointState, EndpointStatus, PauseMode, Rendezvous
 from ckpt_core.errors import EngineError, EngineUnavailable
 from ckpt_vllm import native
+from ckpt_vllm.facts import EngineFacts
 
 if TYPE_CHECKING:
     import httpx
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 ENGINE = "vllm"
 _STATUS_TIMEOUT_S = 10.0
-_CONFIG = "vllm server config"
+_CONFIG, _PAUSING = "vllm server config", "vllm pause that is being answered"
 _VERSIONLESS = "vllm has no weight versions"
 _EXTENSION = "ckpt_vllm.extension.CkptWorkerExtension"
 _HOW_TO_START = (
@@ -42,12 +43,19 @@ class Road(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """What a server says of itself."""
+    """What a server says of itself.
+
+    Attributes:
+        cores: engine cores, one per data parallel rank.
+        multimodal: has caches of images and the like; also where it does not tell.
+    """
 
     road: Road
     world_size: int
+    cores: int
     device_kind: DeviceKind
     instance_id: str
+    multimodal: bool = True
 
 
 # -- the hooks -----------------------------------------------------------------------------------------------------------
@@ -87,24 +95,33 @@ def wake(endpoint: Endpoint, tags: tuple[str, ...]) -> None:
 
 
 def pause(endpoint: Endpoint, mode: PauseMode) -> int | None:
-    """See `ckpt_pause`. vLLM sleeps before it answers: what else is to be done goes into that time."""
+    """See `ckpt_pause`. vLLM sleeps for 20 ms before it answers: what else is to be done goes into that time, and an engine
+    that was idle is not waited for."""
     engine_mode, clear_cache = PAUSE[mode]
     params = {"mode": engine_mode, "clear_cache": str(clear_cache).lower()}
-    timeout_s = endpoint.options.pause_timeout_s
-    with ThreadPoolExecutor(1, thread_name_prefix="ckpt-vllm-pause") as threads:
+    timeout_s, config = endpoint.options.pause_timeout_s, _known_config(endpoint)
+    threads = ThreadPoolExecutor(2, thread_name_prefix="ckpt-vllm-pause")
+    try:
         pausing = threads.submit(endpoint.request, "POST", "/pause", params=params, timeout_s=timeout_s)
-        if _known_config(endpoint).road is Road.NATIVE:
-            native.open_session(endpoint)
+        if config.road is Road.NATIVE:
+            opening = threads.submit(native.open_session, endpoint)
         ranks = _rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)
-        pausing.result()
-    if not is_paused(ranks):  # it was asked before vLLM came to the pause
-        ranks = _rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)
-    return met_by_pause(ranks)
+        if config.road is Road.NATIVE:
+            opening.result()
+    finally:
+        threads.shutdown(wait=False)
+    if config.cores == 1 and facts_in(ranks).is_idle:
+        endpoint.notes[_PAUSING] = pausing
+        return facts_in(ranks).met
+    pausing.result()
+    return facts_in(_rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)).met
 
 
 def flush_cache(endpoint: Endpoint) -> None:
-    """See `ckpt_flush_cache`: prefix, multimodal and encoder caches."""
-    routes = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
+    """See `ckpt_flush_cache`: the prefix cache, and where the model has them the multimodal and encoder caches."""
+    routes = ["/reset_prefix_cache"]
+    if _known_config(endpoint).multimodal:
+        routes += ["/reset_mm_cache", "/reset_encoder_cache"]
     with ThreadPoolExecutor(len(routes), thread_name_prefix="ckpt-vllm-flush") as threads:
         prefix, *_ = threads.map(partial(endpoint.request, "POST"), routes)
     if _json(prefix).get("success") is False:
@@ -113,6 +130,9 @@ def flush_cache(endpoint: Endpoint) -> None:
 
 def resume(endpoint: Endpoint, version: str | None) -> None:
     """See `ckpt_resume`. The version goes first, so that no token carries the old one."""
+    pausing = endpoint.notes.pop(_PAUSING, None)
+    if isinstance(pausing, Future):
+        pausing.result()
     try:
         if version is not None and endpoint.notes.get(_VERSIONLESS) is None:
             _tell_version(endpoint, version)
@@ -139,16 +159,10 @@ PAUSE: Mapping[PauseMode, tuple[str, bool]] = {
 }
 
 
-def is_paused(ranks: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the engine core knew of a pause when it answered for its ranks."""
-    facts = ranks[0].get("engine") if ranks else None
-    return bool(facts and facts["paused"])
-
-
-def met_by_pause(ranks: Sequence[Mapping[str, Any]]) -> int | None:
-    """Requests in flight when the last pause began, as the ranks' answers tell."""
-    facts = ranks[0].get("engine") if ranks else None
-    return None if not facts or facts.get("met") is None else int(facts["met"])
+def facts_in(ranks: Sequence[Mapping[str, Any]]) -> EngineFacts:
+    """What the engine core told with the answers of its ranks."""
+    found = ranks[0].get("engine") if ranks else None
+    return EngineFacts.from_json(found) if found else EngineFacts()
 
 
 def status_of(config: ServerConfig, ranks: Sequence[Mapping[str, Any]]) -> EndpointStatus:
@@ -235,8 +249,10 @@ def config_of(found: Any, *, where: str) -> ServerConfig:
     try:
         parallel, device = found["parallel_config"], found["device_config"]["device"]
         transfer, extension = found.get("weight_transfer_config") or {}, parallel["worker_extension_cls"] or ""
-        world_size = int(parallel["world_size"]) * int(parallel["data_parallel_size"])
+        cores = int(parallel["data_parallel_size"])
+        world_size = int(parallel["world_size"]) * cores
         instance_id = str(found["instance_id"])
+        multimodal = (found.get("model_config") or {}).get("multimodal_config", True) is not None
     except (KeyError, TypeError, ValueError) as error:
         raise EngineUnavailable(
             f"{where} answered, but not as a vLLM server does ({error!r}); check the address"
@@ -248,7 +264,14 @@ def config_of(found: Any, *, where: str) -> ServerConfig:
     else:
         raise EngineUnavailable(f"{where} offers no way in for weights; {_HOW_TO_START}")
     kind = DeviceKind.CPU if str(device).startswith("cpu") else DeviceKind.CUDA
-    return ServerConfig(road=road, world_size=world_size, device_kind=kind, instance_id=instance_id)
+    return ServerConfig(
+        road=road,
+        world_size=world_size,
+        cores=cores,
+        device_kind=kind,
+        instance_id=instance_id,
+        multimodal=multimodal,
+    )
 
 
 def _rpc(endpoint: Endpoint, method: str, *, timeout_s: float, kwargs: Mapping[str, Any] | None = None) -> list[Any]:

@@ -30,6 +30,11 @@ class EngineFacts:
     met: int | None = None
     version: str = ""
 
+    @property
+    def is_idle(self) -> bool:
+        """Paused, and nothing is left that a step could be made for."""
+        return self.known and self.paused and not self.unfinished
+
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> EngineFacts:
         """Inverse of `to_json`; fields of other versions of this plugin are left out."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ckpt_core.contract import DeviceKind, EndpointStatus, PauseMode, Rendezvous
 from ckpt_core.errors import ConfigError, EngineError, EngineStateError, EngineUnavailable
 from ckpt_vllm import compat, control
-from ckpt_vllm.control import PAUSE, Road, ServerConfig, met_by_pause
+from ckpt_vllm.control import PAUSE, Road, ServerConfig, facts_in
 from ckpt_vllm.guard import ATTACH, STATUS
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def pause(endpoint: Endpoint, mode: PauseMode) -> int | None:
     handle = handle_of(endpoint.handle)
     engine_mode, clear_cache = PAUSE[mode]
     handle.pause(engine_mode, clear_cache, endpoint.options.pause_timeout_s)
-    return met_by_pause(handle.rpc(STATUS, {}, endpoint.options.timeout_s))
+    return facts_in(handle.rpc(STATUS, {}, endpoint.options.timeout_s)).met
 
 
 def flush_cache(endpoint: Endpoint) -> None:
@@ -204,6 +204,7 @@ def _config(config: Any) -> ServerConfig:
     return ServerConfig(
         road=Road.IN_PROCESS,
         world_size=int(parallel.world_size) * int(parallel.data_parallel_size),
+        cores=int(parallel.data_parallel_size),
         device_kind=DeviceKind.CPU if device.startswith("cpu") else DeviceKind.CUDA,
         instance_id=str(config.instance_id),
     )

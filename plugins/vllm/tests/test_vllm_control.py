@@ -197,11 +197,25 @@ def test_pause_tells_how_many_requests_it_met(native, mode, query):
     assert f"/pause?{query}" in [path for path, _ in native.asked]
 
 
-def test_a_core_that_had_not_come_to_the_pause_is_asked_again(native):
-    for route in ("/pause", "/init_weight_transfer_engine", "/start_weight_update"):
-        native.answers[route] = ok()
-    assert control.pause(native.endpoint(), PauseMode.WAIT) is None  # it says that it is not paused, both times
-    assert [path for path, _ in native.asked].count("/collective_rpc") == 2
+@pytest.mark.parametrize(
+    ("facts", "dp", "asked"),
+    [
+        ({"paused": True, "unfinished": 0, "met": 0}, 1, 1),
+        ({"paused": True, "unfinished": 2, "met": 2}, 1, 2),
+        ({"paused": False, "unfinished": 0}, 1, 2),
+        ({"paused": True, "unfinished": 0, "met": 0}, 2, 2),
+    ],
+    ids=["idle", "busy", "not yet there", "only one of two cores told"],
+)
+def test_only_an_engine_that_was_idle_is_not_waited_for(facts, dp, asked):
+    server = Server(server_config(backend="ckpt", dp=dp), [{**RANK, "engine": {**FACTS, **facts}}], resume=ok())
+    for route in ("/pause", *(f"/{route}" for route in ROUTES)):
+        server.answers[route] = ok()
+    endpoint = server.endpoint()
+    control.pause(endpoint, PauseMode.WAIT)
+    assert [path for path, _ in server.asked].count("/collective_rpc") == asked
+    control.resume(endpoint, None)
+    assert any(path.startswith("/pause") for path, _ in server.asked)
 
 
 def test_a_refused_pause_is_an_error(native):
@@ -221,7 +235,14 @@ def test_flush_drops_all_three_caches(native):
         "/reset_encoder_cache": httpx.Response(200),
     }
     control.flush_cache(native.endpoint())
-    assert {path for path, _ in native.asked} == {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
+    assert {path for path, _ in native.asked[1:]} == {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
+
+
+def test_a_model_of_text_has_one_cache():
+    config = {**server_config(backend="ckpt"), "model_config": {"multimodal_config": None}}
+    server = Server(config, reset_prefix_cache=ok(success=True))
+    control.flush_cache(server.endpoint())
+    assert [path for path, _ in server.asked[1:]] == ["/reset_prefix_cache"]
 
 
 def test_a_refused_flush_is_an_error(native):
