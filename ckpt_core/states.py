@@ -20,11 +20,12 @@ class SessionState(Enum):
     POISONED = "poisoned"
 
 
+# an attempt that touches nothing ends as POISONED where an earlier one left the engine so
 NEXT = {
     SessionState.IDLE: {SessionState.PLANNED},
-    SessionState.PLANNED: {SessionState.PAUSED, SessionState.CLEAN},
-    SessionState.PAUSED: {SessionState.ATTACHED, SessionState.CLEAN},
-    SessionState.ATTACHED: {SessionState.LOADING, SessionState.CLEAN},
+    SessionState.PLANNED: {SessionState.PAUSED, SessionState.CLEAN, SessionState.POISONED},
+    SessionState.PAUSED: {SessionState.ATTACHED, SessionState.CLEAN, SessionState.POISONED},
+    SessionState.ATTACHED: {SessionState.LOADING, SessionState.CLEAN, SessionState.POISONED},
     SessionState.LOADING: {
         SessionState.VERIFYING,
         SessionState.CLEAN,

@@ -51,7 +51,7 @@ class Case:
 
 
 CASES = (
-    Case(model="llama", tp=1, long=1000),
+    Case(model="llama", tp=1, long=2500),
     Case(model="qwen3", tp=1),
     Case(model="qwen3_moe", tp=1),
     Case(model=SMOLLM2, tp=1),

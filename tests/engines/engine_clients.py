@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-CONTEXT_LENGTH = 1100
+CONTEXT_LENGTH = 2700
 _WAIT_S = 120.0
 _CONTROL_S = 20.0
 
@@ -149,7 +149,12 @@ class VllmClient(Client):
 class SglangClient(Client):
     """SGLang's own route."""
 
-    server_options = (f"--context-length={CONTEXT_LENGTH}", "--sleep-on-idle")  # else idle servers take whole cores
+    # idle servers take whole cores if they may not sleep
+    server_options = (
+        f"--context-length={CONTEXT_LENGTH}",
+        f"--max-total-tokens={4 * CONTEXT_LENGTH}",
+        "--sleep-on-idle",
+    )
     starts_at_once = 1
     path = "/generate"
     resume_path = "/continue_generation"

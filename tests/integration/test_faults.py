@@ -15,8 +15,10 @@ import ckpt_core
 from ckpt_conformance.reference.launch import ReferenceServer
 from ckpt_conformance.reference.worker import Worker
 from ckpt_core import Outcome, Target, UpdateAborted, wire
+from ckpt_core.agreement import Agreement
+from ckpt_core.contract import EndpointState
 from ckpt_core.conversation import Conversation
-from ckpt_core.errors import PeerLost, TransferTimeout, VerificationError
+from ckpt_core.errors import EngineStateError, PeerLost, TransferTimeout, VerificationError
 from ckpt_core.fleet import Fleet
 from ckpt_core.verify import fingerprint
 
@@ -51,6 +53,13 @@ def aborts(outcome, cause, within_s):
     assert time.monotonic() - start < within_s
     assert caught.value.outcome is outcome
     assert isinstance(caught.value.causes[0], cause), caught.value.causes
+
+
+def raises(error):
+    def call(*_args):
+        raise error
+
+    return call
 
 
 def assert_mended(updater, server, checkpoint_of, answer_of):
@@ -276,6 +285,22 @@ def test_a_load_that_raises_poisons_and_is_mended(checkpoint_of, updater_of):
     report = updater.update(checkpoint_of(which="b"))
     assert report.ranks[0].fingerprint == fingerprint(Worker(checkpoint_of(which="b")).live())
     assert len(worker.generate([5, 17], 3)) == 3
+
+
+@pytest.mark.parametrize(("where", "step"), [(Fleet, "pause"), (Fleet, "attach"), (Agreement, "ask_layouts")])
+def test_a_poisoned_engine_stays_so_however_early_the_next_update_fails(
+    checkpoint_of, updater_of, monkeypatch, where, step
+):
+    worker = Eventful(checkpoint_of(which="a"))
+    worker.at_bucket = raises(RuntimeError("no kernel for this"))
+    updater = updater_of(worker)
+    with pytest.raises(UpdateAborted):
+        updater.update(checkpoint_of(which="b"))
+    with monkeypatch.context() as patch, aborts(Outcome.POISONED, EngineStateError, SOON_S):
+        patch.setattr(where, step, raises(EngineStateError("not now")))
+        updater.update(checkpoint_of(which="b"))
+    assert worker.state is EndpointState.POISONED
+    assert updater.update(checkpoint_of(which="b")).outcome is Outcome.COMMITTED
 
 
 def test_an_agent_dies_at_an_exact_bucket(checkpoint_of, updater_of, kill):

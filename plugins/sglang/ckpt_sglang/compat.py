@@ -355,6 +355,12 @@ def is_starting(manager: Any) -> bool:
     return str(getattr(manager.server_status, "name", "")) == "Starting"
 
 
+def flushes_with_waiting() -> bool:
+    """Whether a paused scheduler drops its caches while requests wait (0.5.17 refuses, after the weights are new)."""
+    kind = getattr(sys.modules.get(SCHEDULER), "Scheduler", None)
+    return kind is None or "ignore_waiting" in signature(kind.is_fully_idle).parameters
+
+
 def note_version(manager: Any, version_: str) -> None:
     """The version that answers of the tokenizer manager name; the scheduler's is recorded at the commit."""
     manager._update_weight_version_if_provided(version_)

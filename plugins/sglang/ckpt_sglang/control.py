@@ -75,6 +75,11 @@ class EngineControl:
             EngineStateError: requests did not end in time; the engine goes on as before.
         """
         in_flight = len(self._manager.rid_to_state)
+        if mode is PauseMode.RETRACT and in_flight and not compat.flushes_with_waiting():
+            raise EngineStateError(
+                f"SGLang {compat.engine_version()} cannot flush its cache while {in_flight} retracted requests wait; "
+                "pause with wait or abort"
+            )
         if mode in (PauseMode.ABORT, PauseMode.WAIT):
             await self._drain(abort=mode is PauseMode.ABORT, timeout_s=timeout_s)
         await self._freeze("in_place" if mode in (PauseMode.KEEP, PauseMode.IN_PLACE) else "retract")

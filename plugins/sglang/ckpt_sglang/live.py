@@ -6,6 +6,9 @@ from typing import Any
 
 from ckpt_core.contract import LiveState, LiveTensor
 
+# experts are not among them: kernels on GPUs want them in orders of their own
+_AS_LOADED_ON_GPUS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+
 
 def live_tensors(model: Any) -> dict[str, LiveTensor]:
     """Parameters and buffers by name; each once, where modules share them."""
@@ -43,5 +46,8 @@ def _keeps_bits(module: Any) -> bool:
     method = getattr(module, "quant_method", None)
     if method is None:
         return True
+    if getattr(module, "use_intel_amx_backend", False):
+        return False  # packed for the CPU's matrix unit
     device = next((parameter.device.type for parameter in module.parameters(recurse=False)), "cpu")
-    return device == "cpu" and type(method).__name__.startswith("Unquantized")
+    name = type(method).__name__
+    return name.startswith("Unquantized") if device == "cpu" else name in _AS_LOADED_ON_GPUS

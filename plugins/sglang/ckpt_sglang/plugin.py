@@ -52,7 +52,7 @@ _CAPABILITIES: Mapping[Capability, Support] = {
         level=Level.FULL,
         detail="as in_place; the cache stays stale, for later prompts too, until a flush after those requests",
     ),
-    Capability.PAUSE_RETRACT: FULL,
+    Capability.PAUSE_RETRACT: Support(level=Level.FULL, detail="SGLang 0.5.17: only without requests in flight"),
     Capability.FLUSH_CACHE: FULL,
     Capability.SLEEP: not_implemented(
         "ckpt_wake takes memory back, but the memory saver needs a GPU and was never run"

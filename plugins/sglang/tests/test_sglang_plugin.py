@@ -4,11 +4,16 @@ import json
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from ckpt_core import plugins
 from ckpt_core.capability import Capability
 from ckpt_core.config import child_environment
+from ckpt_core.contract import LiveState
 from ckpt_core.plugins import EnginePlugin
 from ckpt_sglang import plugin
+from ckpt_sglang.live import live_tensors, processed_modules
 
 LIGHT = """
 import json, sys
@@ -33,3 +38,29 @@ def test_imports_nothing_heavy():
         [sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60, check=True, env=child_environment()
     )
     assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "pure"),
+    [
+        ("UnquantizedLinearMethod", "cpu", True),
+        ("UnquantizedLinearMethod", "meta", True),
+        ("UnquantizedEmbeddingMethod", "meta", True),
+        ("UnquantizedFusedMoEMethod", "cpu", True),
+        ("UnquantizedFusedMoEMethod", "meta", False),
+        ("Fp8LinearMethod", "meta", False),
+    ],
+)
+def test_which_weights_are_as_they_were_loaded(method, device, pure):
+    layer = torch.nn.Linear(2, 2, bias=False, device=device)
+    layer.quant_method = type(method, (), {})()
+    (live,) = live_tensors(layer).values()
+    assert (live.state is LiveState.PURE) is pure
+    assert (not processed_modules(layer)) is pure
+
+
+def test_weights_packed_for_a_matrix_unit_are_not_as_they_were_loaded():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.quant_method = type("UnquantizedLinearMethod", (), {})()
+    layer.use_intel_amx_backend = True
+    assert processed_modules(layer)

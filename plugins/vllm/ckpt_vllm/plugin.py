@@ -54,7 +54,9 @@ _CAPABILITIES: Mapping[Capability, Support] = {
     Capability.PAUSE_KEEP: FULL,
     Capability.PAUSE_RETRACT: FULL,
     Capability.FLUSH_CACHE: FULL,
-    Capability.SLEEP: not_implemented("routes are mapped; vLLM has no sleep on CPU, and it was not run on GPUs yet"),
+    Capability.SLEEP: not_implemented(
+        "weights woken, updated, cache woken: run on GPUs; but woken from level 2 and not updated it would serve whatever is there"
+    ),
     Capability.POISON_GUARD: FULL,
     Capability.INITIAL_WEIGHTS: FULL,
     Capability.LIVE_VERSION: versioned("0.32.0 on responses; ckpt ready tells it with every version"),
