@@ -20,11 +20,16 @@ def shapes_of(model: str, layers: int) -> list[Shape]:
 
 def write_model(directory: Path, model: str, layers: int) -> None:
     """config.json and a tokenizer of words, no weights."""
+    config_of(DECODERS[model], layers).save_pretrained(directory)
+    write_tokenizer(directory)
+
+
+def write_tokenizer(directory: Path, vocab: int = 1000) -> None:
+    """Words w4, w5, ... by their number."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    config_of(DECODERS[model], layers).save_pretrained(directory)
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(4, 1000))]
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(4, vocab))]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

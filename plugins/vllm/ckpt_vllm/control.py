@@ -5,6 +5,7 @@ The routes are there when the server runs with VLLM_SERVER_DEV_MODE=1.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from ckpt_core.endpoint import Endpoint
 
+_log = logging.getLogger(__name__)
 ENGINE = "vllm"
 _STATUS_TIMEOUT_S = 10.0
 _CONFIG, _PAUSING = "vllm server config", "vllm pause that is being answered"
@@ -108,8 +110,10 @@ def pause(endpoint: Endpoint, mode: PauseMode) -> int | None:
         ranks = _rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)
         if config.road is Road.NATIVE:
             opening.result()
-    finally:
-        threads.shutdown(wait=False)
+    except BaseException:
+        threads.shutdown()  # whoever resumes comes after the pause
+        raise
+    threads.shutdown(wait=False)
     if config.cores == 1 and facts_in(ranks).is_idle:
         endpoint.notes[_PAUSING] = pausing
         return facts_in(ranks).met
@@ -131,8 +135,8 @@ def flush_cache(endpoint: Endpoint) -> None:
 def resume(endpoint: Endpoint, version: str | None) -> None:
     """See `ckpt_resume`. The version goes first, so that no token carries the old one."""
     pausing = endpoint.notes.pop(_PAUSING, None)
-    if isinstance(pausing, Future):
-        pausing.result()
+    if isinstance(pausing, Future) and (error := pausing.exception()) is not None:
+        _log.warning("%s was seen paused, but never said so: %s", endpoint, error)
     try:
         if version is not None and endpoint.notes.get(_VERSIONLESS) is None:
             _tell_version(endpoint, version)

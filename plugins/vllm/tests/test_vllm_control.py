@@ -218,6 +218,24 @@ def test_only_an_engine_that_was_idle_is_not_waited_for(facts, dp, asked):
     assert any(path.startswith("/pause") for path, _ in server.asked)
 
 
+def test_an_engine_that_was_seen_idle_is_resumed_though_its_pause_failed(native):
+    native.answers |= {f"/{route}": ok() for route in (*ROUTES, "resume")} | {"/pause": httpx.Response(500)}
+    native.answers["/collective_rpc"] = ok(
+        results=[{**RANK, "engine": {**FACTS, "paused": True, "unfinished": 0, "met": 0}}]
+    )
+    endpoint = native.endpoint()
+    assert control.pause(endpoint, PauseMode.WAIT) == 0
+    control.resume(endpoint, None)
+    assert "/resume" in [path for path, _ in native.asked]
+
+
+def test_a_session_that_cannot_be_opened_ends_the_pause_after_vllm_answered(native):
+    native.answers |= {"/pause": ok(), "/init_weight_transfer_engine": httpx.Response(500)}
+    with pytest.raises(EngineError, match="init_weight_transfer_engine"):
+        control.pause(native.endpoint(), PauseMode.WAIT)
+    assert any(path.startswith("/pause") for path, _ in native.asked)
+
+
 def test_a_refused_pause_is_an_error(native):
     native.answers |= {
         "/pause": httpx.Response(500),
