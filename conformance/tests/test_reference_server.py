@@ -158,7 +158,7 @@ def test_concurrent_requests_get_what_they_get_alone(server: ReferenceServer) ->
         {"prompt_token_ids": []},
         {"prompt_token_ids": [100]},
         {"prompt_token_ids": [5], "max_tokens": 0},
-        {"prompt_token_ids": [5] * 2048},
+        {"prompt_token_ids": [5] * 4096},
         {"prompt_token_ids": "w5"},
         {"prompt": "w5", "temperature": 1},
     ],

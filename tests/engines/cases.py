@@ -55,7 +55,7 @@ CASES = (
     Case(model="qwen3", tp=1),
     Case(model="qwen3_moe", tp=1),
     Case(model=SMOLLM2, tp=1),
-    Case(model="llama", tp=2, long=150),
+    Case(model="llama", tp=2, long=1000),
     Case(model="qwen3", tp=2),
     Case(model="qwen3_moe", tp=2),
 )

@@ -118,7 +118,8 @@ class Client(ABC):
 class VllmClient(Client):
     """Token in, token out."""
 
-    server_options = ("--enable-scale-out", f"--max-model-len={CONTEXT_LENGTH}")
+    # an event for every token keeps the server busy long after the engine is done
+    server_options = ("--enable-scale-out", f"--max-model-len={CONTEXT_LENGTH}", "--stream-interval=20")
     starts_at_once = 3
     path = "/inference/v1/generate"
     resume_path = "/resume"
