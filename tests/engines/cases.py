@@ -34,12 +34,12 @@ class Case:
     """One kind of server.
 
     Attributes:
-        long: tokens of an answer that takes seconds, so that an update finds it unfinished, also on a busy machine.
+        streams: is asked for answers of seconds, which updates find unfinished; see Client.long_answers.
     """
 
     model: str
     tp: int
-    long: int = 0
+    streams: bool = False
 
     def __str__(self) -> str:
         return f"{self.model}-tp{self.tp}"
@@ -47,19 +47,19 @@ class Case:
     @property
     def tokens(self) -> int:
         """Length of a fresh answer: enough of a long one to tell its version."""
-        return FRESH if self.long else SHORT
+        return FRESH if self.streams else SHORT
 
 
 CASES = (
-    Case(model="llama", tp=1, long=2500),
+    Case(model="llama", tp=1, streams=True),
     Case(model="qwen3", tp=1),
     Case(model="qwen3_moe", tp=1),
     Case(model=SMOLLM2, tp=1),
-    Case(model="llama", tp=2, long=1000),
+    Case(model="llama", tp=2, streams=True),
     Case(model="qwen3", tp=2),
     Case(model="qwen3_moe", tp=2),
 )
-LONG_CASES = tuple(case for case in CASES if case.long)
+LONG_CASES = tuple(case for case in CASES if case.streams)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -42,10 +42,12 @@ class Client(ABC):
 
     Attributes:
         server_options: arguments that make a server of this engine report versions, and hold CONTEXT_LENGTH tokens.
+        long_answers: by TP size, tokens of an answer that takes the engine some seconds with a tiny model.
         starts_at_once: servers that start together without getting into each other's way on two cores.
     """
 
     server_options: tuple[str, ...]
+    long_answers: ClassVar[Mapping[int, int]]
     starts_at_once: int
     path: str
     resume_path: str
@@ -120,6 +122,7 @@ class VllmClient(Client):
 
     # an event for every token keeps the server busy long after the engine is done
     server_options = ("--enable-scale-out", f"--max-model-len={CONTEXT_LENGTH}", "--stream-interval=20")
+    long_answers: ClassVar[Mapping[int, int]] = {1: 2500, 2: 1000}
     starts_at_once = 3
     path = "/inference/v1/generate"
     resume_path = "/resume"
@@ -156,6 +159,7 @@ class SglangClient(Client):
         f"--max-total-tokens={4 * CONTEXT_LENGTH}",
         "--sleep-on-idle",
     )
+    long_answers: ClassVar[Mapping[int, int]] = {1: 1000, 2: 150}
     starts_at_once = 1
     path = "/generate"
     resume_path = "/continue_generation"

@@ -39,7 +39,7 @@ class Streams:
     def __init__(self, deployment):
         self.client = deployment.client
         self.prompts = deployment.checkpoints.prompts
-        self.length = deployment.case.long
+        self.length = self.client.long_answers[deployment.case.tp]
         self.all_began = threading.Barrier(len(self.prompts) + 1)
         self.enough = threading.Event()
         self.newcomers = []
