@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,54 @@ class Result:
 
 def timed_updates(
     target: ckpt_core.Target, config: UpdateConfig, result: Result, checkpoints: Sequence[Path], count: int
-) -> Iterator[ckpt_core.Updater]:
+) -> Iterator[None]:
     """So many updates and a first one, to the checkpoints in turn; yields after each, for what is to be looked at then."""
     with ckpt_core.Updater([target], config=config) as updater:
         for number in range(count + 1):
             start = time.perf_counter()
             report = updater.update(checkpoints[number % len(checkpoints)], version=f"{result.way}-{number}")
             result.note(report, time.perf_counter() - start, first=number == 0)
-            yield updater
+            yield
+
+
+def parse_options(
+    description: str | None, engine: str, *more: Callable[[argparse.ArgumentParser], object]
+) -> argparse.Namespace:
+    """Options that all have, and those that `more` adds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3-32b")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ring", type=int, default=128, help="MiB; grows to the largest tensor that comes whole")
+    parser.add_argument("--server", default="", help=f"more arguments for {engine}")
+    parser.add_argument("--peer", type=Path, help=f"the peer's benchmark script for a server of {engine}")
+    parser.add_argument("--start-timeout", type=float, default=300.0)
+    parser.add_argument("--out", type=Path, required=True)
+    for add in more:
+        add(parser)
+    return parser.parse_args()
+
+
+def compare_ways(
+    engine: str, url: str, ways: Sequence[str], update_by: Callable[[str], Result], options: argparse.Namespace
+) -> None:
+    """Updates by each way, the peer's after the first; what there is, is kept and printed after each."""
+    results: list[Result] = []
+    peer: dict[str, Any] = {}
+    for number, way in enumerate(ways):
+        results.append(update_by(way))
+        if options.peer and number == 0:
+            arguments = (options.model, str(options.layers), str(options.repeats + 1), url)
+            peer = run_peer(options.peer, arguments, options.tp)
+        # a run that is cut short keeps what it has
+        data = {
+            "versions": _versions(engine.lower(), "torch", "ckpt-core"),
+            "results": [asdict(result) for result in results],
+            "peer": peer,
+        }
+        options.out.write_text(json.dumps(data, indent=1))
+        print_results(engine, results, peer, Console(width=150))
 
 
 def run_peer(script: Path, arguments: Sequence[str], tp: int) -> dict[str, Any]:
@@ -119,7 +160,7 @@ def print_results(engine: str, results: list[Result], peer: dict[str, Any], cons
     console.print(table)
 
 
-def versions(*names: str) -> dict[str, str]:
+def _versions(*names: str) -> dict[str, str]:
     """Of those distributions, and today's date."""
     return {name: version(name) for name in names} | {"date": time.strftime("%Y-%m-%d")}
 

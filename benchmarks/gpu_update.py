@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from generated import write_checkpoint
-from mock_engine import MockEngine, MockOptions, gpu_uuid, plugin
+from mock_engine import MockEngine, gpu_uuid, plugin
+from mock_worker import MockOptions
 from rich.console import Console
 from rich.table import Table
 from shapes import MODELS

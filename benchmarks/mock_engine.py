@@ -9,11 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from mock_worker import MockOptions, MockWorker
 
 from ckpt_core.capability import FULL, Capability
 from ckpt_core.contract import (
@@ -27,7 +27,6 @@ from ckpt_core.contract import (
     LiveTensor,
     LoadBucket,
     LoadReport,
-    LoadTensor,
     PauseMode,
     RankInfo,
     RecordingTarget,
@@ -37,163 +36,11 @@ from ckpt_core.contract import (
 from ckpt_core.endpoint import Endpoint
 from ckpt_core.errors import EngineError
 from ckpt_core.hookspecs import hookimpl
-from ckpt_core.layout import Box, Layout, LayoutEntry
+from ckpt_core.layout import Layout, LayoutEntry
 from ckpt_core.manifest import Manifest
 from ckpt_core.plugins import EnginePlugin
-from ckpt_core.strided import row_major
-
-if TYPE_CHECKING:
-    import torch
-    from shapes import Shape
 
 ENGINE = "mock"
-_SIGNAL_BYTES = 2 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MockOptions:
-    """What the ranks are made of.
-
-    `one_visible` hides the other GPUs from each rank; `cut` takes tensors in parts; `record` has its loader recorded.
-    """
-
-    model: str
-    layers: int
-    world: int
-    device: str
-    one_visible: bool = True
-    cut: bool = True
-    record: bool = False
-
-
-class MockWorker:
-    """One rank."""
-
-    def __init__(self, options: MockOptions, rank: int) -> None:
-        import torch
-        from shapes import MODELS
-
-        self.options, self.rank, self._torch = options, rank, torch
-        index = 0 if options.one_visible else rank
-        self.device = torch.device(options.device, index if options.device == "cuda" else None)
-        self.shapes: dict[str, Shape] = {shape.name: shape for shape in MODELS[options.model](options.layers)}
-        self.boxes = {name: self._box(shape) for name, shape in self.shapes.items()}
-        self.parameters = {
-            name: torch.zeros(box.shape, dtype=torch.bfloat16, device=self.device) for name, box in self.boxes.items()
-        }
-        self._warm_up()
-        self._places: dict[tuple[str, Box | None], tuple[torch.Tensor, Box, bool] | None] = {}
-        for name in self.shapes:
-            self._place(name, None)
-
-    def _warm_up(self) -> None:
-        """Load the copy kernel, as an engine that has served has done long ago."""
-        source = self._torch.zeros((64, 64), dtype=self._torch.bfloat16, device=self.device)
-        self._torch._foreach_copy_([source[:16], source[16:32]], [source[32:48], source[48:]])
-        source[:32, 1:].copy_(source[32:, :-1])
-        self.synchronize()
-
-    def signal_handle(self) -> str:
-        """A small buffer that the other ranks map, as all-reduce kernels and communicators of TP engines do.
-
-        It counts: to open a ring on another GPU takes 6 to 12 ms in a process that has nothing of that GPU mapped, and
-        0.1 ms in one that has.
-        """
-        from ckpt_core.cuda import driver
-
-        self._signal = driver.allocate(_SIGNAL_BYTES)
-        return driver.export(self._signal)
-
-    def map_peers(self, handles: Sequence[str]) -> None:
-        """Map the buffers of the other ranks; they stay mapped."""
-        from ckpt_core.cuda import driver
-
-        self._peers = [driver.open_exported(handle) for rank, handle in enumerate(handles) if rank != self.rank]
-
-    def _box(self, shape: Shape) -> Box:
-        start, size = [0] * len(shape.shape), list(shape.shape)
-        if shape.dim is not None:
-            size[shape.dim] //= self.options.world
-            start[shape.dim] = self.rank * size[shape.dim]
-        return Box(start=tuple(start), shape=tuple(size))
-
-    def load(self, tensors: Sequence[LoadTensor]) -> None:
-        """Copy what this rank needs of each part, in one batch."""
-        dense: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        for item in tensors:
-            place = self._place(item.name, item.box)
-            if place is None:
-                continue
-            target, inside, whole_rows = place
-            strides = row_major(item.box.shape if item.box is not None else self.shapes[item.name].shape)
-            source = item.strided(inside.shape, strides, sum(map(int.__mul__, inside.start, strides)))
-            if whole_rows:
-                dense[0].append(target)
-                dense[1].append(source)
-            else:  # one strided tensor in a batch would send the whole batch down the slow road
-                target.copy_(source, non_blocking=True)
-        if dense[0]:
-            self._torch._foreach_copy_(*dense, non_blocking=True)
-
-    def load_whole(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """A loader as engines have them: whole tensors, narrowed to what this rank needs."""
-        for name, values in tensors:
-            box = self.boxes[name]
-            mine = values
-            for d, (first, count) in enumerate(zip(box.start, box.shape, strict=True)):
-                mine = mine.narrow(d, first, count)
-            self.parameters[name].copy_(mine)
-
-    @cached_property
-    def module(self) -> torch.nn.Module:
-        """The parameters by their path, as engines hold them."""
-        root = self._torch.nn.Module()
-        for name, values in self.parameters.items():
-            *path, last = name.split(".")
-            holder = root
-            for part in path:
-                if part not in dict(holder.named_children()):
-                    holder.add_module(part, self._torch.nn.Module())
-                holder = holder.get_submodule(part)
-            holder.register_parameter(last, self._torch.nn.Parameter(values, requires_grad=False))
-        return root
-
-    def _place(self, name: str, part: Box | None) -> tuple[torch.Tensor, Box, bool] | None:
-        """Where a part goes, which part of it, and whether that is whole rows: worked out once per part."""
-        key = (name, part)
-        if key not in self._places:
-            found = _geometry(part, tuple(self.shapes[name].shape), self.boxes[name])
-            if found is None:
-                self._places[key] = None
-            else:
-                region, inside, whole_rows = found
-                self._places[key] = (self.parameters[name][region.slices], inside, whole_rows)
-        return self._places[key]
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            self._torch.cuda.synchronize(self.device)
-
-    def wrong_bytes(self, seed: int) -> int:
-        """Elements that differ from the generated checkpoint of that seed."""
-        from generated import expected_values
-
-        wrong = 0
-        for name, parameter in self.parameters.items():
-            expected = expected_values(name, self.shapes[name].shape, seed, self.device)
-            wrong += int((parameter != expected[self.boxes[name].slices]).sum())
-        return wrong
-
-
-@cache  # layers repeat the same few
-def _geometry(part: Box | None, shape: tuple[int, ...], needed: Box) -> tuple[Box, Box, bool] | None:
-    """Region of the parameter, region of the part, and whether that is whole rows."""
-    whole = part or Box.whole(shape)
-    mine = whole.intersect(needed)
-    if mine is None:
-        return None
-    return mine.relative_to(needed), mine.relative_to(whole), mine.shape[1:] == whole.shape[1:]
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------

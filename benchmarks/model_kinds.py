@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ckpt_core
-from ckpt_conformance.models.tiny import perturb
+from ckpt_conformance.models.tiny import perturb, write_tensors
 from ckpt_core.config import UpdateConfig, VerifyLevel
 from ckpt_core.errors import CkptError, Outcome, UpdateAborted
 from ckpt_core.metrics import UpdateReport
@@ -133,14 +133,14 @@ def note(result: Result, report: UpdateReport) -> None:
 
 def leave_one_out(directory: Path, out: Path) -> None:
     """The same checkpoint without its last tensor, a norm or a head that every rank needs."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     out.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Any] = {}
     for file in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(file)
     tensors.pop(next(name for name in sorted(tensors) if name.endswith("norm.weight") or ".ln_f." in name))
-    save_file(tensors, out / "model.safetensors")
+    write_tensors(out, tensors)
 
 
 def print_results(results: list[Result], console: Console) -> None:

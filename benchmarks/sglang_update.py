@@ -11,19 +11,17 @@ The peer (checkpoint-engine, if its script is given) updates the same server, an
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from engine_update import Result, print_results, run_peer, timed_updates, versions
+from engine_update import Result, compare_ways, parse_options, timed_updates
 from generated import write_checkpoint
-from rich.console import Console
 from vllm_shapes import shapes_of, write_model
 
 import ckpt_core
@@ -35,9 +33,15 @@ PROMPT = (5, 6, 7, 8)
 
 
 def update_by(
-    server: SglangServer, way: str, checkpoints: list[Path], options: argparse.Namespace, size_gb: float
+    server: SglangServer,
+    way: str,
+    *,
+    checkpoints: list[Path],
+    expected: dict[str, list[str]],
+    options: argparse.Namespace,
+    size_gb: float,
 ) -> Result:
-    """Some updates by one way, each followed by generation, and the digests of what they leave."""
+    """Some updates by one way, each followed by generation, and the digests of what they leave: the first way's are expected."""
     result = Result(way=way, size_gb=size_gb)
     config = UpdateConfig(digest_content=False, fingerprint=False, replay=WAYS[way], ring_bytes=options.ring * MIB)
     target = ckpt_core.Target(engine="sglang", url=server.url)
@@ -47,41 +51,14 @@ def update_by(
         for checkpoint in checkpoints * 2:  # by recorded copies from the second on
             report = updater.update(checkpoint)
             result.fingerprints[checkpoint.name] = [rank.fingerprint for rank in report.ranks]
+    for name, found in result.fingerprints.items():
+        result.wrong += expected.setdefault(name, found) != found
     return result
-
-
-def measure(server: SglangServer, checkpoints: list[Path], options: argparse.Namespace, size_gb: float) -> None:
-    """All ways and the peer."""
-    results: list[Result] = []
-    peer: dict[str, Any] = {}
-    for number, way in enumerate(WAYS):
-        results.append(update_by(server, way, checkpoints, options, size_gb))
-        results[-1].wrong = sum(
-            results[-1].fingerprints[name] != found for name, found in results[0].fingerprints.items()
-        )
-        if options.peer and number == 0:
-            arguments = (options.model, str(options.layers), str(options.repeats + 1), server.url)
-            peer = run_peer(options.peer, arguments, options.tp)
-        # a run that is cut short keeps what it has
-        data = {"versions": versions("sglang", "torch", "ckpt-core"), "peer": peer}
-        options.out.write_text(json.dumps({**data, "results": [asdict(result) for result in results]}, indent=1))
-        print_results("SGLang", results, peer, Console(width=150))
 
 
 def main() -> None:
     """One server, all ways."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen3-32b")
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--ring", type=int, default=128, help="MiB; grows to the largest tensor that comes whole")
-    parser.add_argument("--server", default="", help="more arguments for SGLang")
-    parser.add_argument("--cpu", action="store_true", help="SGLang on this machine's CPU, to try this script")
-    parser.add_argument("--peer", type=Path, help="the peer's benchmark script for an SGLang server")
-    parser.add_argument("--start-timeout", type=float, default=300.0)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = parse_options(__doc__, "SGLang", _add_options)
     shapes = shapes_of(options.model, options.layers)
     size_gb = sum(shape.size_bytes for shape in shapes) / 1e9
     with tempfile.TemporaryDirectory(prefix="ckpt-bench-") as directory:
@@ -104,9 +81,17 @@ def main() -> None:
             for thread in writing:
                 thread.join()
             try:
-                measure(server, checkpoints, options, size_gb)
+                expected: dict[str, list[str]] = {}
+                by_way = partial(
+                    update_by, server, checkpoints=checkpoints, expected=expected, options=options, size_gb=size_gb
+                )
+                compare_ways("SGLang", server.url, list(WAYS), by_way, options)
             finally:
                 options.out.with_suffix(".log").write_text(server.log())
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cpu", action="store_true", help="SGLang on this machine's CPU, to try this script")
 
 
 if __name__ == "__main__":

@@ -12,19 +12,16 @@ its update's alone.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from engine_update import Result, print_results, run_peer, timed_updates, versions
+from engine_update import Result, compare_ways, parse_options, timed_updates
 from generated import write_checkpoint
-from rich.console import Console
 from vllm_shapes import shapes_of, write_model
 
 import ckpt_core
@@ -37,7 +34,7 @@ WAYS = {"replay": ("direct", True), "direct": ("direct", False), "reload": ("rel
 PROMPT = (5, 6, 7, 8)
 
 
-def update_by(server: VllmServer, way: str, checkpoint: Path, options: argparse.Namespace, size_gb: float) -> Result:
+def update_by(server: VllmServer, way: str, *, checkpoint: Path, options: argparse.Namespace, size_gb: float) -> Result:
     """Some updates by one way, each proved and followed by generation."""
     result = Result(way=way, size_gb=size_gb)
     taken, replay = WAYS[way]
@@ -60,20 +57,7 @@ def count_wrong(server: VllmServer, options: argparse.Namespace) -> int:
 
 def main() -> None:
     """One server, all ways."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen3-32b")
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--ring", type=int, default=128, help="MiB; grows to the largest tensor that comes whole")
-    parser.add_argument("--way", action="append", choices=WAYS, help="repeatable")
-    parser.add_argument("--server", default="", help="more arguments for vLLM")
-    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--no-check", dest="check", action="store_false", help="where the CPU packs weights")
-    parser.add_argument("--peer", type=Path, help="the peer's benchmark script for a vLLM server")
-    parser.add_argument("--start-timeout", type=float, default=300.0)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = parse_options(__doc__, "vLLM", _add_options)
     shapes = shapes_of(options.model, options.layers)
     size_gb = sum(shape.size_bytes for shape in shapes) / 1e9
     with tempfile.TemporaryDirectory(prefix="ckpt-bench-") as directory:
@@ -96,27 +80,16 @@ def main() -> None:
             print(f"vLLM is up after {time.monotonic() - began:.0f} s", flush=True)
             writing.join()
             try:
-                _measure(server, checkpoint, options, size_gb)
+                by_way = partial(update_by, server, checkpoint=checkpoint, options=options, size_gb=size_gb)
+                compare_ways("vLLM", server.url, options.way or list(WAYS), by_way, options)
             finally:
                 options.out.with_suffix(".log").write_text(server.log())
 
 
-def _measure(server: VllmServer, checkpoint: Path, options: argparse.Namespace, size_gb: float) -> None:
-    results: list[Result] = []
-    peer: dict[str, Any] = {}
-    for number, way in enumerate(options.way or list(WAYS)):
-        results.append(update_by(server, way, checkpoint, options, size_gb))
-        if options.peer and number == 0:
-            arguments = (options.model, str(options.layers), str(options.repeats + 1), server.url)
-            peer = run_peer(options.peer, arguments, options.tp)
-        # a run that is cut short keeps what it has
-        data = {
-            "versions": versions("vllm", "torch", "ckpt-core"),
-            "results": [asdict(result) for result in results],
-            "peer": peer,
-        }
-        options.out.write_text(json.dumps(data, indent=1))
-        print_results("vLLM", results, peer, Console(width=150))
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--way", action="append", choices=WAYS, help="repeatable")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="where the CPU packs weights")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ckpt_core.contract import LoadTensor
 from ckpt_core.record.components import Component
 from ckpt_core.record.pieces import piece_span
 from ckpt_core.record.recording import Fill, Recording
-from ckpt_core.record.watch import named_tensors, other_tensors
+from ckpt_core.record.watch import named_tensors, sums_of_others
 from ckpt_core.strided import Strided
 
 _MOST_TRIES = 3  # watching costs as much as several updates
@@ -113,10 +113,7 @@ class Proof:
         self._arrived[name] = add(self._arrived.get(name, 0), value)
 
     def _sums_of_others(self) -> dict[str, int]:
-        named = named_tensors(self.model)
-        known = {name: tensor for name, tensor in named.items() if name in self.recording.written}
-        others = other_tensors(self.model, known, self.ignored)
-        return {name: checksum(tensor) for name, tensor in others.items()}
+        return sums_of_others(self.model, self.recording.written, self.ignored)
 
 
 def _sum_in_storage(live: torch.Tensor) -> int:

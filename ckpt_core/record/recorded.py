@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from ckpt_core.checksum import checksum
 from ckpt_core.contract import LoadBucket, LoadTensor, RecordingTarget
 from ckpt_core.layout import Layout, LayoutEntry
 from ckpt_core.manifest import Manifest
@@ -22,7 +21,7 @@ from ckpt_core.record.recorder import record
 from ckpt_core.record.recording import Recording
 from ckpt_core.record.replay import Replay
 from ckpt_core.record.thin import thin
-from ckpt_core.record.watch import named_tensors, other_tensors
+from ckpt_core.record.watch import named_tensors, sums_of_others
 
 _log = logging.getLogger(__name__)
 _MOST_DROPS = 3  # a replay that never lasts costs a watched update each time
@@ -214,9 +213,7 @@ class _Conditions:
         return self._now(target) == self._before
 
     def _now(self, target: RecordingTarget) -> tuple[object, ...]:
-        known = {name: tensor for name, tensor in named_tensors(target.live).items() if name in self._written}
-        found = other_tensors(target.live, known, target.caches, wanted=_is_table)
-        tables = {name: checksum(tensor) for name, tensor in found.items()}
+        tables = sums_of_others(target.live, self._written, target.caches, wanted=_is_table)
         return target.placement, dict(target.excluded), tables
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ckpt_core.checksum import checksum
+
 _DEPTH = 3
 _HOLD_NOTHING = (int, float, str, bytes, torch.dtype, torch.device, type(None))
 
@@ -15,6 +17,17 @@ def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by path and name, shared ones under each of their names."""
     named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return named | dict(model.named_buffers(remove_duplicate=False))
+
+
+def sums_of_others(
+    model: torch.nn.Module,
+    written: Collection[str],
+    ignored: Collection[str],
+    wanted: Callable[[torch.Tensor], bool] = lambda tensor: True,
+) -> dict[str, int]:
+    """Checksums of all tensors that share no storage with the named ones of `written`; see `other_tensors`."""
+    known = {name: tensor for name, tensor in named_tensors(model).items() if name in written}
+    return {name: checksum(tensor) for name, tensor in other_tensors(model, known, ignored, wanted).items()}
 
 
 def other_tensors(

@@ -23,7 +23,8 @@ SLOW = UpdateConfig(ring_bytes=8 * MIB, bucket_bytes=1 * MIB, fingerprint=False,
 
 
 def engine(*, cut: bool = True, one_visible: bool = True):
-    from mock_engine import MockEngine, MockOptions, gpu_uuid
+    from mock_engine import MockEngine, gpu_uuid
+    from mock_worker import MockOptions
 
     options = MockOptions(model=MODEL, layers=LAYERS, world=2, device="cuda", cut=cut, one_visible=one_visible)
     return MockEngine(options, [gpu_uuid(index) for index in range(2)])

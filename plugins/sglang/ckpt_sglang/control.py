@@ -12,7 +12,7 @@ from typing import Any
 
 from ckpt_core.contract import DeviceKind, EndpointState, EndpointStatus, PauseMode, Rendezvous
 from ckpt_core.errors import EngineError, EngineStateError
-from ckpt_sglang import compat
+from ckpt_sglang import compat, compat_front
 
 ENGINE = "sglang"
 KEY = "ckpt"
@@ -46,7 +46,7 @@ class EngineControl:
             world_size=facts["world_size"],
             device_kind=DeviceKind(facts["device_kind"]),
             instance_id=facts["instance_id"],
-            version="" if facts["waiting"] else compat.served_version(self._manager, facts["version"]),
+            version="" if facts["waiting"] else compat_front.served_version(self._manager, facts["version"]),
             detail=facts["refuses"],
         )
 
@@ -75,7 +75,7 @@ class EngineControl:
             EngineStateError: requests did not end in time; the engine goes on as before.
         """
         in_flight = len(self._manager.rid_to_state)
-        if mode is PauseMode.RETRACT and in_flight and not compat.flushes_with_waiting():
+        if mode is PauseMode.RETRACT and in_flight and not compat_front.flushes_with_waiting():
             raise EngineStateError(
                 f"SGLang {compat.engine_version()} cannot flush its cache while {in_flight} retracted requests wait; "
                 "pause with wait or abort"
@@ -97,9 +97,9 @@ class EngineControl:
             EngineStateError: the weights are not known to be any one checkpoint.
         """
         if version is not None:
-            await compat.name_version(self._manager, version)
+            await compat_front.name_version(self._manager, version)
         await self.check_may_serve()
-        await self._manager.continue_generation(compat.continue_request())
+        await self._manager.continue_generation(compat_front.continue_request())
 
     async def check_may_serve(self) -> None:
         """Ask the scheduler whether it would produce tokens.
@@ -117,7 +117,7 @@ class EngineControl:
         Raises:
             EngineError: it did not end in a commit on the first rank.
         """
-        requests = compat.requests()
+        requests = compat_front.requests()
         request = requests.UpdateWeightsFromIPCReqInput(
             zmq_handles={KEY: encode(rendezvous)}, flush_cache=False, weight_version=None
         )
@@ -138,7 +138,7 @@ class EngineControl:
 
     async def wake(self, tags: tuple[str, ...]) -> None:
         """Take released memory back."""
-        request = compat.requests().ResumeMemoryOccupationReqInput(tags=list(tags) or None)
+        request = compat_front.requests().ResumeMemoryOccupationReqInput(tags=list(tags) or None)
         await self._manager.resume_memory_occupation(request, None)
 
     def _state(self, facts: dict[str, Any]) -> EndpointState:
@@ -150,7 +150,7 @@ class EngineControl:
             return EndpointState.WAITING_FOR_WEIGHTS
         if self._manager.is_pause:
             return EndpointState.PAUSED
-        return EndpointState.STARTING if compat.is_starting(self._manager) else EndpointState.SERVING
+        return EndpointState.STARTING if compat_front.is_starting(self._manager) else EndpointState.SERVING
 
     async def _drain(self, *, abort: bool, timeout_s: float) -> None:
         manager = self._manager
@@ -175,7 +175,7 @@ class EngineControl:
             self._manager.is_pause_cond.notify_all()
 
     async def _freeze(self, mode: str) -> None:
-        await self._manager.pause_generation(compat.requests().PauseGenerationReqInput(mode=mode))
+        await self._manager.pause_generation(compat_front.requests().PauseGenerationReqInput(mode=mode))
         await self._manager.get_internal_state()  # answered in order: the pause is done
 
 

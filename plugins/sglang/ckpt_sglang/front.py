@@ -12,7 +12,7 @@ from typing import Any
 
 from ckpt_core.contract import PauseMode
 from ckpt_core.errors import CkptError, ConfigError, EngineStateError
-from ckpt_sglang import compat
+from ckpt_sglang import compat, compat_front
 from ckpt_sglang.control import KEY, control_of
 
 _log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _STATUS: dict[type[CkptError], int] = {EngineStateError: 409, ConfigError: 400}
 def after_tokenizer_init(_result: None, manager: Any, *_args: Any, **_kwargs: Any) -> None:
     """A tokenizer manager is made: in a server's process, the server gets our routes."""
     control_of(manager)
-    http = compat.http_module()
+    http = compat_front.http_module()
     if http is not None:
         setattr(http, compat.WAIT_FUNCTION, partial(wait_for_weights, manager, http))
         add_routes(http.app, manager)
@@ -44,7 +44,7 @@ async def around_update(original: Callable[..., Awaitable[Any]], manager: Any, *
     with contextlib.suppress(CkptError):  # told to whoever asks for the status
         facts = await control.facts()
         if KEY in args[0].zmq_handles and answer[0]:  # SGLang notes those of its own updates
-            compat.note_version(manager, facts["version"])
+            compat_front.note_version(manager, facts["version"])
     return answer
 
 
@@ -53,7 +53,7 @@ async def around_continue(original: Callable[..., Awaitable[Any]], manager: Any,
     try:
         await control_of(manager).check_may_serve()
     except EngineStateError as error:
-        raise compat.conflict(str(error)) from error
+        raise compat_front.conflict(str(error)) from error
     return await original(manager, *args, **kwargs)
 
 
@@ -99,7 +99,7 @@ def add_routes(app: Any, manager: Any) -> None:
         ("/ckpt/resume", "POST", resume),
     ):
         # the annotations above are text, which FastAPI reads in this module
-        app.add_api_route(path, compat.admin_route(function), methods=[method])
+        app.add_api_route(path, compat_front.admin_route(function), methods=[method])
     app.add_middleware(PoisonedHealth, manager=manager)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ckpt_core.contract import EndpointState, PauseMode
 from ckpt_core.errors import EngineError, EngineStateError
-from ckpt_sglang import compat
+from ckpt_sglang import compat, compat_front
 from ckpt_sglang.control import EngineControl
 from ckpt_sglang.front import around_continue, wait_for_weights
 
@@ -69,10 +69,10 @@ class Manager:
 def sglang(monkeypatch):
     """Its messages are namespaces, its topology is one that can be updated."""
     messages = SimpleNamespace(PauseGenerationReqInput=SimpleNamespace, UpdateWeightVersionReqInput=SimpleNamespace)
-    monkeypatch.setattr(compat, "requests", lambda: messages)
-    monkeypatch.setattr(compat, "continue_request", SimpleNamespace)
+    monkeypatch.setattr(compat_front, "requests", lambda: messages)
+    monkeypatch.setattr(compat_front, "continue_request", SimpleNamespace)
     monkeypatch.setattr(compat, "check_topology", lambda: None)
-    monkeypatch.setattr(compat, "conflict", PermissionError)
+    monkeypatch.setattr(compat_front, "conflict", PermissionError)
 
 
 def run(work):

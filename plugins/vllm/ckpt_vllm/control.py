@@ -105,20 +105,19 @@ def pause(endpoint: Endpoint, mode: PauseMode) -> int | None:
     threads = ThreadPoolExecutor(2, thread_name_prefix="ckpt-vllm-pause")
     try:
         pausing = threads.submit(endpoint.request, "POST", "/pause", params=params, timeout_s=timeout_s)
-        if config.road is Road.NATIVE:
-            opening = threads.submit(native.open_session, endpoint)
-        ranks = _rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)
-        if config.road is Road.NATIVE:
+        opening = threads.submit(native.open_session, endpoint) if config.road is Road.NATIVE else None
+        facts = _facts(endpoint)
+        if opening is not None:
             opening.result()
     except BaseException:
         threads.shutdown()  # whoever resumes comes after the pause
         raise
     threads.shutdown(wait=False)
-    if config.cores == 1 and facts_in(ranks).is_idle:
+    if config.cores == 1 and facts.is_idle:
         endpoint.notes[_PAUSING] = pausing
-        return facts_in(ranks).met
+        return facts.met
     pausing.result()
-    return facts_in(_rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S)).met
+    return _facts(endpoint).met
 
 
 def flush_cache(endpoint: Endpoint) -> None:
@@ -161,6 +160,10 @@ PAUSE: Mapping[PauseMode, tuple[str, bool]] = {
     PauseMode.IN_PLACE: ("keep", False),
     PauseMode.RETRACT: ("keep", True),  # vLLM preempts what runs to clear the cache; it is computed again later
 }
+
+
+def _facts(endpoint: Endpoint) -> EngineFacts:
+    return facts_in(_rpc(endpoint, "ckpt_status", timeout_s=_STATUS_TIMEOUT_S))
 
 
 def facts_in(ranks: Sequence[Mapping[str, Any]]) -> EngineFacts:
