@@ -6,6 +6,7 @@ peer's benchmark engine holds too. Each rank is a process; the control side talk
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import sys
 import traceback
@@ -142,6 +143,7 @@ def gpu_uuid(index: int) -> str:
     return driver.device_uuid(index)
 
 
+@functools.cache  # an engine knows its modules
 def _group(name: str) -> str:
     parts = name.split(".")
     return ".".join(parts[:3]) if parts[1] == "layers" else name

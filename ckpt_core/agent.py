@@ -74,6 +74,8 @@ class Agent:
         self._device = device_of(config.device)
         self._pool = HostPool(self._device, turn=config.index / config.count)
         self._writer: IpcRingWriter | None = None
+        self._outgrown: list[IpcRingWriter] = []  # which ranks may have mapped
+        self._ring_number = 0
         self._receivers = 0
         self._outgoing: Outgoing | None = None
         self._plan: Plan | None = None
@@ -138,9 +140,13 @@ class Agent:
         )
 
     def _open_ring(self, message: wire.OpenRing) -> wire.RingOpened:
-        self._close_ring(None)
+        if self._writer is not None:
+            self._outgrown.append(self._writer)
+            self._writer = None
+        self._ring_number += 1
         self._writer = IpcRingWriter(
             owner=self._config.index,
+            number=self._ring_number,
             receivers=message.receivers,
             ring_bytes=message.size_bytes,
             device=self._device,
@@ -185,6 +191,7 @@ class Agent:
                 f"agent {self._config.index} waited {message.timeout_s:g} s for {what}"
             ),
         )
+        self._close_outgrown()  # all ranks agreed to the present ones
         tracks = ProcessTracks(f"agent {self._config.index}", TrackKind.AGENT, wanted=message.trace)
         if message.trace:
             tracks.timer = writer.trace()
@@ -194,10 +201,15 @@ class Agent:
         return wire.Sent(stats=stats)
 
     def _close_ring(self, _message: object) -> wire.RingClosed:
+        self._close_outgrown()
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
         return wire.RingClosed()
+
+    def _close_outgrown(self) -> None:
+        while self._outgrown:
+            self._outgrown.pop().close()
 
     def _check(self) -> None:
         _check_parent()

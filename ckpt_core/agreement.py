@@ -109,7 +109,12 @@ class Agreement:
         config = self._terms.config
         replay, slices = self._terms.asked
         ask = wire.AskLayout(manifest=self._terms.structure, replay=replay, slices=slices)
-        replies = self._talk.ask(dict.fromkeys(self._hellos, ask), wire.LayoutReply, timeout_s=self._timeout_s)
+        for receiver, peer in enumerate(self._hellos):
+            self._talk.tell(peer, wire.MapRings(rings=self._rings_of(receiver)))
+            self._talk.tell(peer, ask)
+        self._terms.manifest.warm()
+        wanted = dict.fromkeys(self._hellos, wire.LayoutReply)
+        replies = self._talk.gather(wanted, timeout_s=self._timeout_s)
         check_coverage(
             {self._name(self._hellos[peer]): reply.layout for peer, reply in replies.items()},
             allow_missing=config.allow_missing,
@@ -118,8 +123,7 @@ class Agreement:
         return [replies[peer] for peer in self._hellos]
 
     def agree_on_new(self, layouts: list[wire.LayoutReply]) -> Plan:
-        """Plan for the open rings, and have everybody take it; with larger rings where a tensor does not fit into these,
-        which no rank has been told of yet.
+        """Plan for the open rings, and have everybody take it; with larger rings where a tensor does not fit into these.
 
         Raises:
             CapacityError: a device has no room for the larger rings.
@@ -145,8 +149,7 @@ class Agreement:
 
     def _offer(self, plan: Plan, *, sent: Plan | None) -> None:
         for receiver, peer in enumerate(self._hellos):
-            rings = wire.RingSet(offers=self._rings, receiver=receiver, receivers=len(self._hellos))
-            self._talk.tell(peer, self._offer_of(sent, rings))
+            self._talk.tell(peer, self._offer_of(sent, self._rings_of(receiver)))
         self._agents.tell_plan(sent)
         wanted: dict[bytes, type[wire.PlanAgreed | wire.PlanTaken]] = dict.fromkeys(self._hellos, wire.PlanAgreed)
         wanted |= dict.fromkeys(self._agents.peers, wire.PlanTaken)
@@ -157,6 +160,9 @@ class Agreement:
                 raise PlanError(
                     f"{who} computed plan digest {reply.digest}, expected {plan.digest}; install the same ckpt-core on both sides"
                 )
+
+    def _rings_of(self, receiver: int) -> wire.RingSet:
+        return wire.RingSet(offers=self._rings, receiver=receiver, receivers=len(self._hellos))
 
     def _offer_of(self, plan: Plan | None, rings: wire.RingSet) -> wire.OfferPlan:
         terms = self._terms

@@ -104,6 +104,31 @@ class IncomingBucket:
         return found
 
 
+class Wanted:
+    """What one rank wants of a checkpoint, before there is a plan.
+
+    Attributes:
+        manifest, layout: of which it is.
+        boxes: slices by index in the manifest; None for all of a tensor.
+        names: of the tensors.
+    """
+
+    def __init__(self, manifest: Manifest, layout: Layout) -> None:
+        self.manifest = manifest
+        self.layout = layout
+        self.boxes: dict[int, list[Box | None]] = {}
+        names = set()
+        for entry in layout.entries:
+            index, box = manifest.positions.get(entry.tensor), entry.box
+            if index is None:
+                continue  # no plan can be made for it, and the controller says so
+            # an empty slice of a tensor with elements is no need at all, also where others need the tensor
+            if box is None or 0 not in box.shape or 0 in manifest.tensors[index].shape:
+                self.boxes.setdefault(index, []).append(box)
+                names.add(entry.tensor)
+        self.names = frozenset(names)
+
+
 class Incoming:
     """All that one rank takes.
 
@@ -111,18 +136,10 @@ class Incoming:
         names: of its tensors.
     """
 
-    def __init__(self, plan: Plan, manifest: Manifest, layout: Layout) -> None:
+    def __init__(self, plan: Plan, wanted: Wanted) -> None:
         self._places = [RingPlace() for _ in range(plan.agents)]
-        self._manifest = manifest
-        self._boxes: dict[int, list[Box | None]] = {}
-        names = set()
-        for entry in layout.entries:
-            index, box = manifest.positions[entry.tensor], entry.box
-            # an empty slice of a tensor with elements is no need at all, also where others need the tensor
-            if box is None or 0 not in box.shape or 0 in manifest.tensors[index].shape:
-                self._boxes.setdefault(index, []).append(box)
-                names.add(entry.tensor)
-        self.names = frozenset(names)
+        self._wanted = wanted
+        self.names = wanted.names
         self._buckets: dict[int, IncomingBucket] = {}
 
     def map(self, readers: Sequence[RingReader], ring_bytes: int) -> None:
@@ -138,13 +155,13 @@ class Incoming:
     def of(self, step: Step) -> IncomingBucket:
         """What the rank takes of a step's bucket."""
         if (bucket := self._buckets.get(step.index)) is None:
-            bucket = self._buckets[step.index] = _bucket(step, self._manifest, self._boxes, self._places[step.owner])
+            bucket = self._buckets[step.index] = _bucket(step, self._wanted, self._places[step.owner])
         return bucket
 
 
-def _bucket(step: Step, manifest: Manifest, boxes: dict[int, list[Box | None]], place: RingPlace) -> IncomingBucket:
-    taken = [piece for piece in step.bucket.pieces if _touches(piece, boxes.get(piece.tensor, []))]
-    metas = [manifest.tensors[piece.tensor] for piece in taken]
+def _bucket(step: Step, wanted: Wanted, place: RingPlace) -> IncomingBucket:
+    taken = [piece for piece in step.bucket.pieces if _touches(piece, wanted.boxes.get(piece.tensor, []))]
+    metas = [wanted.manifest.tensors[piece.tensor] for piece in taken]
     offsets = [step.ring_offset_bytes + piece.offset_bytes for piece in taken]
     tensors = tuple(
         RingTensor(meta, piece, place, offset) for meta, piece, offset in zip(metas, taken, offsets, strict=True)

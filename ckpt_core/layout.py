@@ -188,6 +188,29 @@ def covers(boxes: Iterable[Box], box: Box) -> bool:
     return not left
 
 
+def joined(boxes: Iterable[Box]) -> Iterator[Box]:
+    """The same elements in fewer boxes, where neighbours follow each other along dimension 0."""
+    last: Box | None = None
+    for box in boxes:
+        if last is not None and _follows(last, box):
+            last = Box(start=last.start, shape=(last.shape[0] + box.shape[0], *last.shape[1:]))
+            continue
+        if last is not None:
+            yield last
+        last = box
+    if last is not None:
+        yield last
+
+
+def _follows(box: Box, other: Box) -> bool:
+    return (
+        bool(box.shape)
+        and box.start[0] + box.shape[0] == other.start[0]
+        and box.shape[1:] == other.shape[1:]
+        and box.start[1:] == other.start[1:]
+    )
+
+
 def all_disjoint(boxes: Sequence[Box]) -> bool:
     """Whether no element is in two of them."""
     return all(a.disjoint(b) for a, b in itertools.combinations(boxes, 2))

@@ -126,6 +126,10 @@ class Manifest:
                 "check that checkpoint and engine are of one model"
             ) from None
 
+    def warm(self) -> None:
+        """Work out now what a plan will ask of it: for whoever waits anyway."""
+        _ = self.positions, self.sizes_bytes, self.structure_digest
+
     @cached_property
     def positions(self) -> dict[str, int]:
         """Position of each tensor, by name."""

@@ -19,7 +19,7 @@ import xxhash
 from ckpt_core.assign import assign_owners
 from ckpt_core.bucket import ALIGN_BYTES, Bucket, Piece, bits, collect_needs, pack
 from ckpt_core.errors import CapacityError, PlanError
-from ckpt_core.layout import Box, Layout, box_of, covers
+from ckpt_core.layout import Box, Layout, box_of, covers, joined
 from ckpt_core.manifest import Manifest, TensorMeta
 
 
@@ -327,7 +327,7 @@ def _check_arrivals(plan: Plan, manifest: Manifest, receiver: int, layout: Layou
             continue
         tensor = tensors[manifest.index_of(entry.tensor)]
         needed = box_of(entry, tensor.shape)
-        parts = tuple(arrivals.get(index, ()))
+        parts = tuple(joined(arrivals.get(index, ())))
         if not (parts or manifest.sizes_bytes[index]) or not covered(parts, needed):
             got = f"{len(parts)} pieces without it"
             _refuse(f"tensor {entry.tensor!r:.200} for receiver {receiver}", str(needed), got)

@@ -19,7 +19,7 @@ from ckpt_core.plan import Plan
 from ckpt_core.source import SourceIndex
 from ckpt_core.trace import Track
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_MESSAGE_BYTES = 512 << 20  # a plan of a trillion parameters in 140,000 tensors takes some 30 MB
 
 
@@ -127,6 +127,12 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 # -- controller to ranks -------------------------------------------------------------------------------------------------
+class MapRings(Message, frozen=True, kw_only=True):
+    """Begin to map these rings; nobody waits for it. The first mapping between two processes takes the driver 15 to 30 ms."""
+
+    rings: RingSet
+
+
 class AskLayout(Message, frozen=True, kw_only=True):
     """Which slices of this checkpoint do you need?
 
@@ -225,7 +231,7 @@ class Prepare(Message, frozen=True, kw_only=True):
 
 
 class OpenRing(Message, frozen=True, kw_only=True):
-    """Make a ring of that size for that many readers, in place of the one there is. Before ranks were told of it."""
+    """Make a ring of that size for that many readers. An open one stays until all ranks agreed to the new one."""
 
     size_bytes: int
     receivers: int
@@ -291,6 +297,7 @@ AnyMessage = (
     Failure
     | Ping
     | Abort
+    | MapRings
     | AskLayout
     | OfferPlan
     | Begin

@@ -24,18 +24,17 @@ from ckpt_core.config import VerifyLevel
 from ckpt_core.contract import AbortOutcome, AttachResult, RankInfo, Rendezvous, Update
 from ckpt_core.errors import EngineError, EngineStateError, PlanError, TransferTimeout
 from ckpt_core.failure import describe, failure_message
-from ckpt_core.incoming import Incoming
+from ckpt_core.incoming import Incoming, Wanted
 from ckpt_core.layout import Layout, whole_layout
-from ckpt_core.manifest import Manifest
 from ckpt_core.per_worker import PerWorker
 from ckpt_core.pipeline import receive
 from ckpt_core.plan import Plan, check_plan
 from ckpt_core.polling import Poller
 from ckpt_core.record.recorded import RecordedModel
+from ckpt_core.ring_maps import RingMaps
 from ckpt_core.trace import SpanRecorder, SpanStage, TrackKind
 from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.base import RingReader
-from ckpt_core.transport.ipc import IpcRingReader
 from ckpt_core.uncollected import uncollected
 from ckpt_core.verify import fingerprint
 
@@ -108,6 +107,7 @@ class _Attachment:
         self._line = line
         self._info = info
         self._rendezvous = rendezvous
+        self._rings = RingMaps(info.device_index)
         self._readers: list[RingReader] = []
         self._incoming: Incoming | None = None
         self._update: Update | None = None  # set before begin is called: from then on weights may be touched
@@ -132,14 +132,9 @@ class _Attachment:
         return "committed", ""
 
     def _unmap(self) -> None:
-        """Let go of all rings; a ring that resists changes nothing about what the weights are."""
         if self._incoming is not None:
             self._incoming.unmap()
-        for reader in self._readers:
-            try:
-                reader.close()
-            except Exception:  # noqa: BLE001 the outcome is decided already
-                _log.exception("rank %d could not unmap a ring", self._info.rank)
+        self._rings.close()
 
     def _agree(self) -> tuple[wire.OfferPlan, AgreedPlan]:
         """Up to the agreed plan: what may be refused, is refused here."""
@@ -158,15 +153,12 @@ class _Attachment:
         )
         if refusal is not None:
             raise refusal
-        first = self._line.expect(wire.AskLayout, wire.OfferPlan)
-        if isinstance(first, wire.AskLayout):
-            layout = self._layout(first)
-            offer = self._line.expect(wire.OfferPlan)
-            assert isinstance(offer, wire.OfferPlan)
-            known = self._check(offer, first.manifest, layout)
-        else:
-            assert isinstance(first, wire.OfferPlan)
+        first = self._line.expect(wire.MapRings, wire.OfferPlan)
+        if isinstance(first, wire.OfferPlan):
             offer = first
+        else:
+            assert isinstance(first, wire.MapRings)
+            offer, known = self._agree_on_new(first.rings)
         if known is None:
             raise PlanError(
                 "the controller offers a plan that this rank does not know; install the same ckpt-core on both"
@@ -175,6 +167,16 @@ class _Attachment:
         self._take_rings(offer.rings, known)
         self._line.send(wire.PlanAgreed(digest=known.plan.digest))
         return offer, known
+
+    def _agree_on_new(self, rings: wire.RingSet) -> tuple[wire.OfferPlan, AgreedPlan | None]:
+        """The offer, and its plan once it is checked: where this rank and the controller know none that holds."""
+        self._rings.begin(rings)
+        ask = self._line.expect(wire.AskLayout)
+        layout = self._layout(ask)
+        ask.manifest.warm()  # while the controller plans
+        wanted = Wanted(ask.manifest, layout)
+        offer = self._line.expect(wire.OfferPlan)
+        return offer, self._check(offer, wanted)
 
     def _refusal(self) -> Exception | None:
         """Why this worker cannot be updated now; told when there is somebody to tell it to."""
@@ -193,15 +195,15 @@ class _Attachment:
         self._line.send(wire.LayoutReply(layout=layout))
         return layout
 
-    def _check(self, offer: wire.OfferPlan, manifest: Manifest, layout: Layout) -> AgreedPlan | None:
+    def _check(self, offer: wire.OfferPlan, wanted: Wanted) -> AgreedPlan | None:
         self._phase = "plan"
         plan, receiver = offer.plan, offer.rings.receiver
         if plan is None:
             return None
         if not 0 <= receiver < plan.receivers:
             raise PlanError(f"the plan is for {plan.receivers} ranks, this one is to be number {receiver}")
-        check_plan(plan, manifest, {receiver: layout})
-        return AgreedPlan(plan=plan, receiver=receiver, incoming=Incoming(plan, manifest, layout))
+        check_plan(plan, wanted.manifest, {receiver: wanted.layout})
+        return AgreedPlan(plan=plan, receiver=receiver, incoming=Incoming(plan, wanted))
 
     def _take_rings(self, rings: wire.RingSet, agreed: AgreedPlan) -> None:
         plan = agreed.plan
@@ -212,20 +214,9 @@ class _Attachment:
             raise PlanError(
                 f"the plan needs rings of {plan.ring_bytes} bytes, agent {small[0].owner} offers {small[0]}"
             )
-        self._map(rings)
+        self._readers = self._rings.take(rings)
         self._incoming = agreed.incoming
         self._incoming.map(self._readers, plan.ring_bytes)
-
-    def _map(self, rings: wire.RingSet) -> None:
-        for offer in rings.offers:
-            self._readers.append(
-                IpcRingReader(
-                    offer,
-                    receiver=rings.receiver,
-                    receivers=rings.receivers,
-                    device_index=self._info.device_index,
-                )
-            )
 
     def _load(self, offer: wire.OfferPlan, agreed: AgreedPlan) -> None:
         self._line.expect(wire.Begin)

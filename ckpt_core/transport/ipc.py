@@ -83,13 +83,15 @@ class SequenceBlock:
 
 
 class IpcRingWriter:
-    """The agent's side. See `transport.base.RingWriter`."""
+    """The agent's side. See `transport.base.RingWriter`. `number` tells the rings of one owner apart."""
 
-    def __init__(self, *, owner: int, receivers: int, ring_bytes: int, device: Device, directory: Path) -> None:
+    def __init__(
+        self, *, owner: int, receivers: int, ring_bytes: int, device: Device, directory: Path, number: int = 0
+    ) -> None:
         self._owner = owner
         self._device = device
-        self._control_path = directory / f"control-{owner}"
-        self._buffer: Buffer = device.allocate(ring_bytes, directory, f"ring-{owner}")
+        self._control_path = directory / f"control-{owner}-{number}"
+        self._buffer: Buffer = device.allocate(ring_bytes, directory, f"ring-{owner}-{number}")
         try:
             self._sequence = SequenceBlock.create(self._control_path, receivers)
         except BaseException:

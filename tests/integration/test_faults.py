@@ -318,12 +318,12 @@ def test_bytes_changed_in_the_ring_are_caught(checkpoint_of, updater_of, roots, 
     worker = Eventful(checkpoint_of(which="a"))
 
     def published():
-        (control,) = roots[0].rglob("control-0")
+        (control,) = roots[0].rglob("control-0-*")
         return int.from_bytes(control.read_bytes()[64:72], sys.byteorder)
 
     def scribble():
         eventually(lambda: published() >= 4, "the next bucket is in the ring")
-        (ring,) = roots[0].rglob("ring-0")
+        (ring,) = roots[0].rglob("ring-0-*")
         with ring.open("r+b") as file:
             for offset in range(0, 1 << 16, 512):
                 file.seek(offset)

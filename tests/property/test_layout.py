@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_core.layout import Box, all_disjoint, covers
+from ckpt_core.layout import Box, all_disjoint, covers, joined
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
@@ -90,3 +90,19 @@ def test_split_rows_tiles_the_box_in_order(drawn, max_bytes, itemsize):
     assert all(part.size * itemsize <= max(max_bytes, itemsize) for part in parts)
     assert all(part.relative_to(box).is_contiguous_in(box.shape) for part in parts)
     assert [part.start for part in parts] == sorted(part.start for part in parts)
+
+
+@given(boxes(0, 6))
+def test_joined_boxes_are_the_same_elements_in_no_more_boxes(drawn):
+    shape, parts = drawn
+    found = list(joined(parts))
+    assert len(found) <= len(parts)
+    assert (mask(shape, *found) == mask(shape, *parts)).all()
+
+
+@given(boxes(), st.integers(1, 40))
+def test_rows_that_were_split_are_joined_again(drawn, max_bytes):
+    _, (box,) = drawn
+    parts = box.split_rows(max_bytes, 1)
+    if box.shape and all(part.shape[1:] == box.shape[1:] for part in parts):
+        assert list(joined(parts)) == [box]

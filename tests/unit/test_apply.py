@@ -9,7 +9,7 @@ from ckpt_core.apply import Applier
 from ckpt_core.contract import LoadReport, Update
 from ckpt_core.cpu import CpuDevice
 from ckpt_core.errors import CoverageError, VerificationError
-from ckpt_core.incoming import Incoming
+from ckpt_core.incoming import Incoming, Wanted
 from ckpt_core.layout import Box, Layout, LayoutEntry, whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import make_plan
@@ -56,7 +56,7 @@ def apply(tmp_path):
         plan = make_plan(
             manifest, [layout or whole_layout(manifest)], agents=1, ring_bytes=1 << 16, bucket_bytes=bucket_bytes
         )
-        incoming = Incoming(plan, manifest, layout or whole_layout(manifest))
+        incoming = Incoming(plan, Wanted(manifest, layout or whole_layout(manifest)))
         digests = [tensor.digest for tensor in manifest.tensors] if digest else None
         applier = Applier(plugin, "worker", UPDATE, incoming, digests)
         ring = LocalRing(owner=0, receivers=1, ring_bytes=plan.ring_bytes)

@@ -57,6 +57,7 @@ LINE = (
     "pipeline",
     "verify",
     "incoming",
+    "ring_maps",
     "checksum",
     "record",
     "apply",

@@ -73,6 +73,7 @@ SAMPLES = (
     wire.Failure(error="PlanError", message="no", phase="plan", traceback="Traceback"),
     wire.Ping(),
     wire.Abort(cause="because"),
+    wire.MapRings(rings=RINGS),
     wire.AskLayout(manifest=MANIFEST),
     OFFER,
     wire.Begin(),
