@@ -122,9 +122,12 @@ class MappedCudaBuffer:
 
         self._torch = torch
         self._device = torch.device("cuda", device_index)
-        with torch.cuda.device(self._device):
-            torch.cuda.current_stream()  # makes the primary context current
+        self._context = driver.Context(device_index)  # torch's own, current in whatever thread this is
+        try:
             self._pointer = driver.open_exported(handle)
+        except BaseException:
+            self._context.release()
+            raise
         self._owner = DeviceBytes(self._pointer, size_bytes, device_index)
         self._bytes: torch.Tensor | None = self._owner.tensor()
         self._events = EventPool()
@@ -149,7 +152,9 @@ class MappedCudaBuffer:
         self._torch.cuda.synchronize(self._device)
         self._bytes = None
         self._events.close()
+        self._context.activate()
         driver.close_exported(self._pointer)
+        self._context.release()
 
 
 class CudaDevice:
