@@ -6,7 +6,6 @@ peer's benchmark engine holds too. Each rank is a process; the control side talk
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import sys
 import traceback
@@ -37,7 +36,7 @@ from ckpt_core.contract import (
 from ckpt_core.endpoint import Endpoint
 from ckpt_core.errors import EngineError
 from ckpt_core.hookspecs import hookimpl
-from ckpt_core.layout import Layout, LayoutEntry
+from ckpt_core.layout import Layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plugins import EnginePlugin
 
@@ -72,12 +71,7 @@ class MockPlugin:
     @hookimpl
     def ckpt_layout(self, worker: MockWorker, manifest: Manifest) -> Layout:
         """This rank's slices."""
-        return Layout(
-            entries=tuple(
-                LayoutEntry(tensor=name, box=box, group=_group(name), cut=worker.options.cut)
-                for name, box in worker.boxes.items()
-            )
-        )
+        return Layout(entries=worker.entries)
 
     @hookimpl
     def ckpt_recording_target(self, worker: MockWorker) -> RecordingTarget | None:
@@ -141,12 +135,6 @@ def gpu_uuid(index: int) -> str:
     from ckpt_core.cuda import driver
 
     return driver.device_uuid(index)
-
-
-@functools.cache  # an engine knows its modules
-def _group(name: str) -> str:
-    parts = name.split(".")
-    return ".".join(parts[:3]) if parts[1] == "layers" else name
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

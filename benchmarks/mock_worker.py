@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from ckpt_core.contract import LoadTensor
-from ckpt_core.layout import Box
+from ckpt_core.layout import Box, LayoutEntry
 from ckpt_core.strided import row_major
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class MockWorker:
         self.device = torch.device(options.device, index if options.device == "cuda" else None)
         self.shapes: dict[str, Shape] = {shape.name: shape for shape in MODELS[options.model](options.layers)}
         self.boxes = {name: self._box(shape) for name, shape in self.shapes.items()}
+        self.entries = tuple(
+            LayoutEntry(tensor=name, box=box, group=_group(name), cut=options.cut) for name, box in self.boxes.items()
+        )
         self.parameters = {
             name: torch.zeros(box.shape, dtype=torch.bfloat16, device=self.device) for name, box in self.boxes.items()
         }
@@ -162,3 +165,8 @@ def _geometry(part: Box | None, shape: tuple[int, ...], needed: Box) -> tuple[Bo
     if mine is None:
         return None
     return mine.relative_to(needed), mine.relative_to(whole), mine.shape[1:] == whole.shape[1:]
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:3]) if parts[1] == "layers" else name

@@ -8,9 +8,9 @@ evenly: small or uneven ones cost a third of the speed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, reduce
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
 from operator import or_
 
 import msgspec
@@ -18,7 +18,7 @@ import msgspec
 from ckpt_core.dtypes import DType, size_bytes
 from ckpt_core.errors import CapacityError
 from ckpt_core.layout import Box, Layout, LayoutEntry, box_of
-from ckpt_core.manifest import Manifest
+from ckpt_core.manifest import Manifest, TensorMeta
 
 ALIGN_BYTES = 256
 _PIECES_PER_BUCKET = 4
@@ -52,23 +52,6 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     pieces: tuple[Piece, ...]
 
 
-@dataclass(slots=True, kw_only=True)
-class TensorNeed:
-    """Who needs what of one tensor.
-
-    Attributes:
-        group: the first group that a layout names for it.
-        cut: whether everybody takes it in parts.
-        whole: bit r is set where receiver r needs all of it.
-        slices: receiver, and index in `Needs.boxes`, for those who need a part.
-    """
-
-    group: str = ""
-    cut: bool = True
-    whole: int = 0
-    slices: list[tuple[int, int]] = field(default_factory=list)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """What is sent of a tensor in one piece (None: all), its bytes, and the bit set of those who need it."""
@@ -78,56 +61,60 @@ class Part:
     receivers: int
 
 
-# No slots: cached_property needs a __dict__.
-@dataclass(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """All that decides how a tensor is cut and who gets what.
+
+    Attributes:
+        cut: whether everybody takes it in parts.
+        whole: bit r is set where receiver r needs all of it.
+        slices: receiver, and index in `Needs.boxes`, for those who need a part.
+    """
+
+    shape: tuple[int, ...]
+    dtype: DType
+    cut: bool
+    whole: int
+    slices: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What receivers need of a checkpoint.
 
-    Models repeat a few shapes and slices a hundred thousand times, so boxes are kept once, and what
-    follows from a shape and its slices is worked out once.
+    Models repeat a few shapes and slices a hundred thousand times, so boxes and patterns are kept once, and what
+    follows from them is worked out once.
 
     Attributes:
         manifest: the checkpoint.
         receivers: number of layouts.
-        tensors: by index in the manifest, in the order in which layouts first name them.
+        groups: the first group that a layout names for each tensor, by index, in the order in which layouts first name them.
+        patterns: and the tensors that have them.
         boxes: the different slices.
     """
 
     manifest: Manifest
     receivers: int
-    tensors: dict[int, TensorNeed] = field(default_factory=dict)
-    boxes: list[Box] = field(default_factory=list)
-
-    @cached_property
-    def by_pattern(self) -> dict[_Pattern, list[int]]:
-        """Indexes of tensors that are alike in everything that decides how they are cut and who gets what.
-
-        Asked for when the needs are complete.
-        """
-        patterns: dict[_Pattern, list[int]] = {}
-        for index, need in self.tensors.items():
-            tensor = self.manifest.tensors[index]
-            key = (tensor.shape, tensor.dtype, need.cut, need.whole, tuple(need.slices))
-            patterns.setdefault(key, []).append(index)
-        return patterns
+    groups: Mapping[int, str]
+    patterns: Mapping[Pattern, list[int]]
+    boxes: Sequence[Box]
 
     def bytes_by_receiver(self) -> tuple[int, ...]:
         """Bytes that each receiver needs; a byte that two of its slices share counts once."""
         total = [0] * self.receivers
-        for (shape, dtype, _, whole, slices), indexes in self.by_pattern.items():
-            for receiver in bits(whole):
-                total[receiver] += size_bytes(shape, dtype) * len(indexes)
+        for pattern, indexes in self.patterns.items():
+            for receiver in bits(pattern.whole):
+                total[receiver] += size_bytes(pattern.shape, pattern.dtype) * len(indexes)
             boxes: dict[int, list[Box]] = {}
-            for receiver, number in slices:
-                if not whole >> receiver & 1:
+            for receiver, number in pattern.slices:
+                if not pattern.whole >> receiver & 1:
                     boxes.setdefault(receiver, []).append(self.boxes[number])
             for receiver, parts in boxes.items():
-                total[receiver] += _union_size(parts) * dtype.itemsize * len(indexes)
+                total[receiver] += _union_size(parts) * pattern.dtype.itemsize * len(indexes)
         return tuple(total)
 
 
-_Pattern = tuple[tuple[int, ...], DType, bool, int, tuple[tuple[int, int], ...]]
-_WHOLE, _NOTHING = -1, -2
+_WHOLE, _NOTHING, _OUTSIDE = -1, -2, -3
 
 
 def collect_needs(manifest: Manifest, layouts: Sequence[Layout]) -> Needs:
@@ -137,46 +124,114 @@ def collect_needs(manifest: Manifest, layouts: Sequence[Layout]) -> Needs:
         ManifestError: a layout names a tensor that the checkpoint does not have.
         CoverageError: a slice is not inside its tensor.
     """
-    needs = Needs(manifest=manifest, receivers=len(layouts))
-    known: dict[tuple[tuple[int, ...], Box], int] = {}
-    positions, shapes, tensors = manifest.positions, [meta.shape for meta in manifest.tensors], needs.tensors
-    for receiver, layout in enumerate(layouts):
-        # Planning runs this a million times: no calls that a look-up can save.
-        for entry in layout.entries:
-            index = positions.get(entry.tensor, -1)
-            if index < 0:
-                index = manifest.index_of(entry.tensor)  # raises
-            part = _WHOLE
-            if (box := entry.box) is not None:
-                key = (shapes[index], box)
-                if (number := known.get(key)) is None:
-                    number = known[key] = _part_number(needs.boxes, entry, shapes[index])
-                part = number
-            if part == _NOTHING:
-                continue
-            need = tensors.get(index)
-            if need is None:
-                need = tensors[index] = TensorNeed(group=entry.group, cut=entry.cut)
-            else:
-                need.group = need.group or entry.group
-                need.cut = need.cut and entry.cut
+    numbers = _PartNumbers(manifest)
+    columns = [_Column.of(layout, numbers) for layout in layouts]
+    groups: dict[int, str] = {}
+    for column in columns:
+        groups |= {index: group for index, group in column.groups.items() if not groups.get(index)}
+    uncut: set[int] = set().union(*(column.uncut for column in columns))
+    # Engines stand still meanwhile: one row a tensor, without a call for each.
+    rows = zip(*(map(column.parts.get, groups) for column in columns), strict=True)
+    same: dict[tuple[int, bool, tuple[_Parts | None, ...]], list[int]] = {}
+    for index, row in zip(groups, rows, strict=True):
+        same.setdefault((manifest.kinds[index], index not in uncut, row), []).append(index)
+    patterns: dict[Pattern, list[int]] = {}
+    for (_, cut, row), indexes in same.items():
+        patterns.setdefault(_pattern(manifest.tensors[indexes[0]], cut, row), []).extend(indexes)
+    return Needs(manifest=manifest, receivers=len(layouts), groups=groups, patterns=patterns, boxes=numbers.boxes)
+
+
+_Parts = int | tuple[int, ...]  # _WHOLE or the index of a box; several where a layout names a tensor several times
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    """What one receiver needs, by index of the tensor."""
+
+    parts: Mapping[int, _Parts]
+    groups: Mapping[int, str]
+    uncut: frozenset[int]
+
+    @classmethod
+    def of(cls, layout: Layout, numbers: _PartNumbers) -> _Column:
+        entries: Sequence[LayoutEntry] = layout.entries
+        indexes = numbers.indexes(entries)
+        parts: list[int] = numbers.parts(entries, indexes)
+        if _NOTHING in parts:
+            kept = [place for place, part in enumerate(parts) if part != _NOTHING]
+            entries = [entries[place] for place in kept]
+            indexes, parts = [indexes[place] for place in kept], [parts[place] for place in kept]
+        by_index: dict[int, _Parts] = dict(zip(indexes, parts, strict=True))
+        groups = dict(zip(indexes, (entry.group for entry in entries), strict=True))
+        if len(by_index) < len(indexes):
+            by_index, groups = _merged(indexes, parts, entries)
+        uncut = frozenset(index for index, entry in zip(indexes, entries, strict=True) if not entry.cut)
+        return cls(parts=by_index, groups=groups, uncut=uncut)
+
+
+def _merged(
+    indexes: Sequence[int], parts: Sequence[int], entries: Sequence[LayoutEntry]
+) -> tuple[dict[int, _Parts], dict[int, str]]:
+    """All parts, and the first group, of tensors of which some are named several times."""
+    merged: dict[int, list[int]] = {}
+    groups: dict[int, str] = {}
+    for index, part, entry in zip(indexes, parts, entries, strict=True):
+        merged.setdefault(index, []).append(part)
+        groups[index] = groups.get(index) or entry.group
+    return {index: tuple(found) for index, found in merged.items()}, groups
+
+
+def _pattern(tensor: TensorMeta, cut: bool, row: tuple[_Parts | None, ...]) -> Pattern:
+    whole, slices = 0, []
+    for receiver, parts in enumerate(row):
+        for part in (parts,) if isinstance(parts, int) else parts or ():
             if part == _WHOLE:
-                need.whole |= 1 << receiver
+                whole |= 1 << receiver
             else:
-                need.slices.append((receiver, part))
-    return needs
+                slices.append((receiver, part))
+    return Pattern(shape=tensor.shape, dtype=tensor.dtype, cut=cut, whole=whole, slices=tuple(slices))
 
 
-def _part_number(boxes: list[Box], entry: LayoutEntry, shape: tuple[int, ...]) -> int:
-    """_WHOLE, _NOTHING, or the index of a new box."""
-    box = box_of(entry, shape)
-    if box.shape == shape:
-        return _WHOLE
-    # An empty slice of a tensor with elements is no need at all; an empty tensor still has to arrive.
-    if not box.size and 0 not in shape:
-        return _NOTHING
-    boxes.append(box)
-    return len(boxes) - 1
+class _PartNumbers(dict[tuple[int, Box | None], int]):
+    """_WHOLE, _NOTHING, or the index of the box, by the tensor's kind and the slice: numbered as they are first asked for."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__()
+        self.boxes: list[Box] = []
+        self._manifest = manifest
+        self._shapes = dict(zip(manifest.kinds, (tensor.shape for tensor in manifest.tensors), strict=True))
+
+    def __missing__(self, key: tuple[int, Box | None]) -> int:
+        kind, box = key
+        number = self[key] = self._number(self._shapes[kind], box)
+        return number
+
+    def _number(self, shape: tuple[int, ...], box: Box | None) -> int:
+        if box is None or (box.fits(shape) and box.shape == shape):
+            return _WHOLE
+        if not box.fits(shape):
+            return _OUTSIDE
+        # An empty slice of a tensor with elements is no need at all; an empty tensor still has to arrive.
+        if not box.size and 0 not in shape:
+            return _NOTHING
+        self.boxes.append(box)
+        return len(self.boxes) - 1
+
+    def indexes(self, entries: Sequence[LayoutEntry]) -> list[int]:
+        """Of the tensors, in the manifest."""
+        try:
+            return list(map(self._manifest.positions.__getitem__, [entry.tensor for entry in entries]))
+        except KeyError:
+            return [self._manifest.index_of(entry.tensor) for entry in entries]  # raises
+
+    def parts(self, entries: Sequence[LayoutEntry], indexes: Sequence[int]) -> list[int]:
+        """Of the slices."""
+        kinds = map(self._manifest.kinds.__getitem__, indexes)
+        parts = list(map(self.__getitem__, zip(kinds, [entry.box for entry in entries], strict=True)))
+        if _OUTSIDE in parts:
+            place = parts.index(_OUTSIDE)
+            box_of(entries[place], self._manifest.tensors[indexes[place]].shape)  # raises
+        return parts
 
 
 def _union_size(boxes: list[Box]) -> int:
@@ -228,7 +283,7 @@ def pack(needs: Needs, *, bucket_bytes: int, align_bytes: int = ALIGN_BYTES) -> 
         )
     piece_bytes = max(bucket_bytes // _PIECES_PER_BUCKET, align_bytes)
     parts: dict[int, list[Part]] = {}
-    for pattern, indexes in needs.by_pattern.items():
+    for pattern, indexes in needs.patterns.items():
         parts.update(dict.fromkeys(indexes, _parts(pattern, needs.boxes, piece_bytes)))
     packer = _Packer(capacity_bytes=bucket_bytes // align_bytes * align_bytes, align_bytes=align_bytes)
     for index in _in_group_order(needs):
@@ -272,13 +327,17 @@ class _Packer:
 
 def _in_group_order(needs: Needs) -> Iterator[int]:
     """Tensor indexes, group by group. A tensor without a group is one of its own, in its place by name."""
-    groups: dict[tuple[str, bool], list[int]] = {}
-    for index, need in needs.tensors.items():
-        label = (need.group, True) if need.group else (needs.manifest.tensors[index].name, False)
-        groups.setdefault(label, []).append(index)
+    members: dict[str, list[int]] = {}
+    alone: dict[str, int] = {}
+    for index, group in needs.groups.items():
+        if group:
+            members.setdefault(group, []).append(index)
+        else:
+            alone[needs.manifest.tensors[index].name] = index
+    labels = [(name, False) for name in alone] + [(group, True) for group in members]
     # Names such as layers.2 and layers.02 are equal by number; the label itself keeps the order total.
-    for label in sorted(groups, key=lambda label: (natural_key(label[0]), label)):
-        yield from groups[label]
+    for text, is_group in sorted(labels, key=lambda label: (natural_key(label[0]), label)):
+        yield from members[text] if is_group else (alone[text],)
 
 
 def natural_key(name: str) -> NaturalKey:
@@ -297,9 +356,9 @@ def _component_key(component: str) -> _ComponentKey:
     )
 
 
-def _parts(pattern: _Pattern, boxes: list[Box], piece_bytes: int) -> list[Part]:
+def _parts(pattern: Pattern, boxes: Sequence[Box], piece_bytes: int) -> list[Part]:
     """What to send of a tensor, in row-major order."""
-    shape, dtype, cut, whole, slices = pattern
+    shape, dtype, cut, whole, slices = pattern.shape, pattern.dtype, pattern.cut, pattern.whole, pattern.slices
     needed = [(receiver, boxes[number]) for receiver, number in slices]
     everybody = reduce(or_, (1 << receiver for receiver, _ in needed), whole)
     total_bytes = size_bytes(shape, dtype)

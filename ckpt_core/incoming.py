@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from ckpt_core.bucket import Piece
 from ckpt_core.contract import LoadBucket, LoadTensor
 from ckpt_core.dtypes import DType
-from ckpt_core.layout import Box, Layout
-from ckpt_core.manifest import Manifest, TensorMeta
+from ckpt_core.layout import Box
+from ckpt_core.manifest import TensorMeta
 from ckpt_core.plan import Plan, Step
 from ckpt_core.strided import row_major
 from ckpt_core.transport.base import RingReader
+from ckpt_core.wanted import Wanted
 
 if TYPE_CHECKING:
     import torch
@@ -102,31 +103,6 @@ class IncomingBucket:
             known = self.__dict__["_split"] = (replayed, parts)
         found: tuple[tuple[LoadTensor, ...], LoadBucket, frozenset[str]] = known[1]
         return found
-
-
-class Wanted:
-    """What one rank wants of a checkpoint, before there is a plan.
-
-    Attributes:
-        manifest, layout: of which it is.
-        boxes: slices by index in the manifest; None for all of a tensor.
-        names: of the tensors.
-    """
-
-    def __init__(self, manifest: Manifest, layout: Layout) -> None:
-        self.manifest = manifest
-        self.layout = layout
-        self.boxes: dict[int, list[Box | None]] = {}
-        names = set()
-        for entry in layout.entries:
-            index, box = manifest.positions.get(entry.tensor), entry.box
-            if index is None:
-                continue  # no plan can be made for it, and the controller says so
-            # an empty slice of a tensor with elements is no need at all, also where others need the tensor
-            if box is None or 0 not in box.shape or 0 in manifest.tensors[index].shape:
-                self.boxes.setdefault(index, []).append(box)
-                names.add(entry.tensor)
-        self.names = frozenset(names)
 
 
 class Incoming:

@@ -128,12 +128,18 @@ class Manifest:
 
     def warm(self) -> None:
         """Work out now what a plan will ask of it: for whoever waits anyway."""
-        _ = self.positions, self.sizes_bytes, self.structure_digest
+        _ = self.positions, self.sizes_bytes, self.kinds, self.structure_digest
 
     @cached_property
     def positions(self) -> dict[str, int]:
         """Position of each tensor, by name."""
         return {tensor.name: position for position, tensor in enumerate(self.tensors)}
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """A number for each tensor, the same for those of one shape and dtype: cheaper to look up by than these."""
+        numbers: dict[tuple[tuple[int, ...], str], int] = {}
+        return tuple(numbers.setdefault((tensor.shape, tensor.dtype.value), len(numbers)) for tensor in self.tensors)
 
     @cached_property
     def sizes_bytes(self) -> tuple[int, ...]:

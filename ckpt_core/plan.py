@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from typing import NoReturn
 
@@ -19,8 +19,9 @@ import xxhash
 from ckpt_core.assign import assign_owners
 from ckpt_core.bucket import ALIGN_BYTES, Bucket, Piece, bits, collect_needs, pack
 from ckpt_core.errors import CapacityError, PlanError
-from ckpt_core.layout import Box, Layout, box_of, covers, joined
+from ckpt_core.layout import Box, Layout, covers, joined
 from ckpt_core.manifest import Manifest, TensorMeta
+from ckpt_core.wanted import Wanted
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -195,11 +196,11 @@ class _Ring:
 
 
 # -- checks of a plan that somebody else made ----------------------------------------------------------------
-def check_plan(plan: Plan, manifest: Manifest, layouts: Mapping[int, Layout] | None = None) -> None:
+def check_plan(plan: Plan, manifest: Manifest, wanted: Mapping[int, Wanted] | None = None) -> None:
     """Prove that a plan is safe to follow for this checkpoint.
 
     No byte of a ring is written before it was read, all offsets and indexes are in range, no byte of the
-    checkpoint is sent twice; and for the receivers in `layouts` (by number), their slices arrive whole.
+    checkpoint is sent twice; and for the receivers in `wanted` (by number), their slices arrive whole.
 
     Raises:
         PlanError: it is not; nothing must be sent by it.
@@ -211,14 +212,22 @@ def check_plan(plan: Plan, manifest: Manifest, layouts: Mapping[int, Layout] | N
         _refuse("participants", "at least one agent, and what each receiver needs", got)
     last_seqs = [0] * plan.agents
     rings = [LastWriters() for _ in range(plan.agents)]
-    sent: dict[int, list[tuple[int, int]]] = {}
+    sent = _Sent()
     for position, step in enumerate(plan.steps):
         _check_place(plan, step, position, last_seqs)
         _check_ring(plan, step, rings[step.owner])
         _check_pieces(step, manifest, sent)
     _check_sent_once(manifest, sent)
-    for receiver, layout in (layouts or {}).items():
-        _check_arrivals(plan, manifest, receiver, layout)
+    for receiver, mine in (wanted or {}).items():
+        _check_arrivals(plan, receiver, mine)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    """Tensors that were sent whole, and byte ranges of the others."""
+
+    whole: set[int] = field(default_factory=set)
+    parts: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
 
 def _check_place(plan: Plan, step: Step, position: int, last_seqs: list[int]) -> None:
@@ -246,7 +255,7 @@ def _check_ring(plan: Plan, step: Step, writers: LastWriters) -> None:
         _refuse(f"step {step.index}: free_after_seq", expected, step.free_after_seq)
 
 
-def _check_pieces(step: Step, manifest: Manifest, sent: dict[int, list[tuple[int, int]]]) -> None:
+def _check_pieces(step: Step, manifest: Manifest, sent: _Sent) -> None:
     """Pieces must lie in the bucket without overlap, and be what they say of the checkpoint."""
     end = 0
     tensors, sizes = manifest.tensors, manifest.sizes_bytes
@@ -269,7 +278,10 @@ def _check_pieces(step: Step, manifest: Manifest, sent: dict[int, list[tuple[int
         ):
             _refuse_piece(step, piece, tensors[index], end)
         end = offset + size
-        sent.setdefault(index, []).append((first, first + size))
+        if piece.box is None and index not in sent.whole:
+            sent.whole.add(index)
+        else:
+            sent.parts.setdefault(index, []).append((first, first + size))
     if end > step.bucket.size_bytes:
         _refuse(
             f"step {step.index}: bucket size",
@@ -295,10 +307,10 @@ def _box_span(box: Box, shape: tuple[int, ...], itemsize: int) -> tuple[int, int
     return runs.first_offset_bytes, runs.run_bytes if runs.count <= 1 else -1
 
 
-def _check_sent_once(manifest: Manifest, sent: dict[int, list[tuple[int, int]]]) -> None:
-    for index, spans in sent.items():
-        if len(spans) == 1:
-            continue
+def _check_sent_once(manifest: Manifest, sent: _Sent) -> None:
+    for index, spans in sent.parts.items():
+        if index in sent.whole:
+            spans.append((0, manifest.sizes_bytes[index]))
         spans.sort()
         for before, span in itertools.pairwise(spans):
             if span[0] < before[1] or span == before:
@@ -306,7 +318,7 @@ def _check_sent_once(manifest: Manifest, sent: dict[int, list[tuple[int, int]]])
                 _refuse(f"tensor {name!r:.200}", "every byte once", f"bytes {span[0]} to {before[1]} twice")
 
 
-def _check_arrivals(plan: Plan, manifest: Manifest, receiver: int, layout: Layout) -> None:
+def _check_arrivals(plan: Plan, receiver: int, wanted: Wanted) -> None:
     if not 0 <= receiver < plan.receivers:
         _refuse("receiver", f"0 to {plan.receivers - 1}", receiver)
     arrivals: dict[int, list[Box]] = {}
@@ -319,18 +331,14 @@ def _check_arrivals(plan: Plan, manifest: Manifest, receiver: int, layout: Layou
                 else:
                     arrivals.setdefault(piece.tensor, []).append(piece.box)
     covered = cache(covers)
-    fits = cache(Box.fits)
-    positions, tensors = manifest.positions, manifest.tensors
-    for entry in layout.entries:
-        index = positions.get(entry.tensor, -1)
-        if index in whole and (entry.box is None or fits(entry.box, tensors[index].shape)):
-            continue
-        tensor = tensors[manifest.index_of(entry.tensor)]
-        needed = box_of(entry, tensor.shape)
+    for index in wanted.boxes.keys() - whole:
+        tensor = wanted.manifest.tensors[index]
         parts = tuple(joined(arrivals.get(index, ())))
-        if not (parts or manifest.sizes_bytes[index]) or not covered(parts, needed):
-            got = f"{len(parts)} pieces without it"
-            _refuse(f"tensor {entry.tensor!r:.200} for receiver {receiver}", str(needed), got)
+        for box in wanted.boxes[index]:
+            needed = Box.whole(tensor.shape) if box is None else box
+            if not (parts or tensor.size_bytes) or not covered(parts, needed):
+                got = f"{len(parts)} pieces without it"
+                _refuse(f"tensor {tensor.name!r:.200} for receiver {receiver}", str(needed), got)
 
 
 def _refuse(what: str, expected: object, got: object) -> NoReturn:

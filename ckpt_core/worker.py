@@ -24,7 +24,7 @@ from ckpt_core.config import VerifyLevel
 from ckpt_core.contract import AbortOutcome, AttachResult, RankInfo, Rendezvous, Update
 from ckpt_core.errors import EngineError, EngineStateError, PlanError, TransferTimeout
 from ckpt_core.failure import describe, failure_message
-from ckpt_core.incoming import Incoming, Wanted
+from ckpt_core.incoming import Incoming
 from ckpt_core.layout import Layout, whole_layout
 from ckpt_core.per_worker import PerWorker
 from ckpt_core.pipeline import receive
@@ -37,6 +37,7 @@ from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.base import RingReader
 from ckpt_core.uncollected import uncollected
 from ckpt_core.verify import fingerprint
+from ckpt_core.wanted import Wanted
 
 _log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ class _Attachment:
             return None
         if not 0 <= receiver < plan.receivers:
             raise PlanError(f"the plan is for {plan.receivers} ranks, this one is to be number {receiver}")
-        check_plan(plan, wanted.manifest, {receiver: wanted.layout})
+        check_plan(plan, wanted.manifest, {receiver: wanted})
         return AgreedPlan(plan=plan, receiver=receiver, incoming=Incoming(plan, wanted))
 
     def _take_rings(self, rings: wire.RingSet, agreed: AgreedPlan) -> None:

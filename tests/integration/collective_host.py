@@ -34,6 +34,7 @@ from ckpt_core.transport.collective import CollectiveRingWriter, Schedule
 from ckpt_core.transport.groups import CollectiveGroup, MeetingPoint
 from ckpt_core.transport.ipc import IpcRingReader
 from ckpt_core.transport.peers import Membership
+from ckpt_core.wanted import Wanted
 from ckpt_core.wire import RingOffer
 
 DEADLINE_S = 60.0
@@ -95,7 +96,7 @@ def plan_of(job, shape_seed, manifest, tensors):
     bucket_bytes = chance.choice((256, 1000, 5000, 40000))
     ring_bytes = bucket_bytes * chance.choice((1, 2, 5, 20, 100))
     plan = make_plan(manifest, layouts, agents=job.lanes, ring_bytes=ring_bytes, bucket_bytes=bucket_bytes)
-    check_plan(plan, manifest, dict(enumerate(layouts)))
+    check_plan(plan, manifest, {number: Wanted(manifest, layout) for number, layout in enumerate(layouts)})
     return plan
 
 

@@ -18,6 +18,7 @@ from ckpt_core.polling import Poller
 from ckpt_core.source import stage_tensors
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.local import Faults, LocalRing, LocalRingReader, LocalRingWriter
+from ckpt_core.wanted import Wanted
 
 DEADLINE_S = 20.0
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.int64)
@@ -143,7 +144,7 @@ def test_every_byte_arrives_in_order(case):
             ring_bytes=case["ring_bytes"],
             bucket_bytes=case["bucket_bytes"],
         )
-        check_plan(plan, manifest, dict(enumerate(case["layouts"])))
+        check_plan(plan, manifest, {number: Wanted(manifest, layout) for number, layout in enumerate(case["layouts"])})
         pool = HostPool(CpuDevice())
         pool.adopt(index)
         try:

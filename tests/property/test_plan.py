@@ -17,6 +17,7 @@ from ckpt_core.errors import PlanError
 from ckpt_core.layout import Box, Layout, LayoutEntry
 from ckpt_core.manifest import Manifest, TensorMeta
 from ckpt_core.plan import Plan, check_plan, make_plan
+from ckpt_core.wanted import Wanted
 
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 
@@ -146,7 +147,7 @@ def test_nothing_is_sent_that_nobody_needs(problem):
 @given(problems())
 def test_own_plans_pass_the_check_and_travel(problem):
     manifest, layouts, plan = problem
-    check_plan(plan, manifest, dict(enumerate(layouts)))
+    check_plan(plan, manifest, {number: Wanted(manifest, layout) for number, layout in enumerate(layouts)})
     copy = msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=Plan)
     assert copy == plan
     assert copy.digest == plan.digest

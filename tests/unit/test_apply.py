@@ -9,13 +9,14 @@ from ckpt_core.apply import Applier
 from ckpt_core.contract import LoadReport, Update
 from ckpt_core.cpu import CpuDevice
 from ckpt_core.errors import CoverageError, VerificationError
-from ckpt_core.incoming import Incoming, Wanted
+from ckpt_core.incoming import Incoming
 from ckpt_core.layout import Box, Layout, LayoutEntry, whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import make_plan
 from ckpt_core.source import stage_tensors
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.local import Faults, LocalRing, LocalRingReader, LocalRingWriter
+from ckpt_core.wanted import Wanted
 
 TENSORS = {
     "bf": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),

@@ -13,6 +13,7 @@ from ckpt_core.errors import CapacityError, CkptError, PlanError
 from ckpt_core.layout import Box, Layout, LayoutEntry, whole_layout
 from ckpt_core.manifest import Manifest, TensorMeta
 from ckpt_core.plan import LastWriters, Plan, check_plan, make_plan
+from ckpt_core.wanted import Wanted
 
 
 def manifest(*sizes, dtype=DType.U8):
@@ -104,7 +105,7 @@ def test_an_empty_tensor_has_receivers_too():
 def test_nothing_needed_is_an_empty_plan():
     plan = plan_of(manifest(5), [tensors()])
     assert plan.steps == ()
-    check_plan(plan, manifest(5), {0: tensors()})
+    check_plan(plan, manifest(5), {0: Wanted(manifest(5), tensors())})
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def with_piece(index, number, **fields):
 
 
 def test_a_good_plan_passes():
-    check_plan(good_plan(), GIVEN, dict(enumerate(LAYOUTS)))
+    check_plan(good_plan(), GIVEN, {number: Wanted(GIVEN, layout) for number, layout in enumerate(LAYOUTS)})
     assert len(good_plan().steps) == 5
 
 
@@ -212,16 +213,16 @@ def test_a_part_that_is_not_contiguous_is_refused(size_bytes):
 
 def test_a_receiver_that_would_miss_bytes_is_found():
     plan = with_step(2, receivers=(0,))
-    check_plan(plan, GIVEN, {0: LAYOUTS[0]})
+    check_plan(plan, GIVEN, {0: Wanted(GIVEN, LAYOUTS[0])})
     with pytest.raises(PlanError, match="tensor 't02' for receiver 1"):
-        check_plan(plan, GIVEN, {1: LAYOUTS[1]})
+        check_plan(plan, GIVEN, {1: Wanted(GIVEN, LAYOUTS[1])})
     with pytest.raises(PlanError, match="receiver: expected 0 to 1, got 2"):
-        check_plan(plan, GIVEN, {2: LAYOUTS[1]})
+        check_plan(plan, GIVEN, {2: Wanted(GIVEN, LAYOUTS[1])})
     with pytest.raises(CkptError, match="'gone'"):
-        check_plan(plan, GIVEN, {1: tensors("gone")})
+        check_plan(plan, GIVEN, {1: Wanted(GIVEN, tensors("gone"))})
     empty = manifest(0, 4)
     with pytest.raises(PlanError, match="tensor 't00' for receiver 0"):
-        check_plan(plan_of(empty, [tensors("t01")]), empty, {0: tensors("t00")})
+        check_plan(plan_of(empty, [tensors("t01")]), empty, {0: Wanted(empty, tensors("t00"))})
 
 
 def test_an_empty_tensor_sent_twice_is_found():
