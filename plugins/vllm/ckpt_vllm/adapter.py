@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ckpt_core.contract import (
@@ -24,9 +25,9 @@ from ckpt_core.errors import CoverageError, EngineError, EngineStateError
 from ckpt_core.layout import Layout
 from ckpt_core.manifest import Manifest
 from ckpt_vllm import compat, compat_layers
-from ckpt_vllm.expected import ExpectedCheckpoint, expected_of
+from ckpt_vllm.expected import expected_of
 from ckpt_vllm.facts import EngineFacts
-from ckpt_vllm.layout import layout_of, trusted, unchecked
+from ckpt_vllm.layout import fits, layout_like, layout_of, started_from, unchecked
 from ckpt_vllm.loading import Choice, DirectLoader, Loader, ReloadLoader, Way, choose
 
 _one_engine_at_a_time = threading.RLock()  # vLLM's current configuration is a global of the process
@@ -59,8 +60,7 @@ class CkptWorker:
         self.poison: str | None = None
         self.version = ""
         self.choice: Choice | None = None
-        self._expected: ExpectedCheckpoint | None = None
-        self._trusted: bool | None = None
+        self._compare: Callable[[Manifest], Layout] | None = None
         self._running: _Running | None = None
         self._finished: Update | None = None
         self._touched = False
@@ -106,19 +106,25 @@ class CkptWorker:
 
     def layout(self, manifest: Manifest) -> Layout:
         """What this rank needs of a checkpoint. Reads the model's structure and touches nothing."""
-        model, config = self.model, self.worker.vllm_config.model_config
-        if self._expected is None:
-            self._expected = expected_of(model, config)
-        expected, rename, elsewhere = (
-            self._expected,
-            compat_layers.renaming_of(model),
-            compat_layers.stage_test_of(model),
-        )
         if self.options().get("check_names") is False:
             return unchecked(manifest)
-        if self._trusted is None:
-            self._trusted = trusted(config.model, lambda given: layout_of(given, expected, rename, elsewhere))
-        return layout_of(manifest, expected, rename, elsewhere) if self._trusted else unchecked(manifest)
+        if self._compare is None:
+            self._compare = self._how_to_compare()
+        return self._compare(manifest)
+
+    def _how_to_compare(self) -> Callable[[Manifest], Layout]:
+        """With what the model wants, as far as that fits the files it was started from; else with these files."""
+        model, config = self.model, self.worker.vllm_config.model_config
+        expected = expected_of(model, config)
+        rename, elsewhere = compat_layers.renaming_of(model), compat_layers.stage_test_of(model)
+        compare = partial(layout_of, expected=expected, rename=rename, elsewhere=elsewhere)
+        started = started_from(config.model)
+        if started is None or fits(compare(started)):
+            return compare
+        _log.info(
+            "this model renames or turns tensors in a way the plugin does not know: checkpoints must be like its files"
+        )
+        return partial(layout_like, started=started, aliases=expected.aliases)
 
     # -- the update --------------------------------------------------------------------------------------------------
     def begin(self, update: Update) -> None:

@@ -181,11 +181,18 @@ def incomplete_modules(model: Any) -> list[tuple[Any, str, int, int]]:
 
 
 def load_format(module: Any) -> dict[str, torch.Tensor]:
-    """Meta tensors of a module's parameters as its loader wants them, by name; empty where vLLM recorded none."""
+    """Tensors like a module's parameters as its loader wants them, by name; empty where vLLM recorded none.
+
+    Meta tensors, but for those that vLLM leaves as they are, biases above all: it has no other form of them.
+    """
     from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
 
     info = LAYERWISE_INFO.get(module)
-    return dict(info.restore_metadata[0]) if info is not None else {}
+    if info is None:
+        return {}
+    left = {name: live for name, live in module._parameters.items() if name in SKIP_TENSORS and live is not None}
+    return left | info.restore_metadata[0]
 
 
 def is_attention(module: Any) -> bool:

@@ -2,7 +2,7 @@
 
 vLLM keeps no such list. It follows from the layer classes that all its models share: fused linears (their parts are named by
 the model's `packed_modules_mapping`), parallel linears, vocabulary embeddings, packed experts; anything else has the shape that
-its parameter has. A model that renames otherwise is caught by `trusted`: the files it was started from must fit.
+its parameter has. A model that renames otherwise is found out by the files it was started from: they do not fit this list.
 """
 
 from __future__ import annotations

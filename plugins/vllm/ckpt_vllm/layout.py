@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ckpt_core.errors import CkptError
@@ -53,21 +53,48 @@ def layout_of(
     )
 
 
-def trusted(directory: str, check: Callable[[Manifest], Layout]) -> bool:
-    """Whether the files that the engine was started from fit; where it was started without any, nothing speaks against it."""
+def started_from(directory: str) -> Manifest | None:
+    """The files that the engine was started from, where it was started from any."""
     if not Path(directory).is_dir() or not any(Path(directory).glob("*.safetensors")):
-        return True
+        return None
     try:
-        layout = check(Manifest.from_index(open_checkpoint(directory)))
+        return Manifest.from_index(open_checkpoint(directory))
     except CkptError as error:
         _log.info("the files that vLLM was started from cannot be compared: %s", error)
-        return True
-    problems = [*layout.missing, *layout.unknown, *(mismatch.tensor for mismatch in layout.mismatched)]
-    if problems:
-        _log.warning(
-            "this model renames its tensors in a way the plugin does not know (%s): names are not checked", problems[:4]
-        )
-    return not problems
+        return None
+
+
+def fits(layout: Layout) -> bool:
+    """Whether nothing is missing, unknown or of another shape."""
+    return not (layout.missing or layout.unknown or layout.mismatched)
+
+
+def layout_like(manifest: Manifest, started: Manifest, aliases: Collection[str]) -> Layout:
+    """Compare a checkpoint with the files that the engine was started from: for a model whose renaming the plugin does not know.
+
+    Args:
+        aliases: names that share another's storage: not needed.
+    """
+    wanted = {tensor.name: tensor for tensor in started.tensors if not _is_spare(tensor.name, aliases)}
+    given = {tensor.name: tensor for tensor in manifest.tensors if not _is_spare(tensor.name, aliases)}
+    return Layout(
+        entries=tuple(entry for entry in whole_layout(manifest).entries if entry.tensor in wanted),
+        missing=tuple(name for name in wanted if name not in given),
+        unknown=tuple(name for name in given if name not in wanted),
+        mismatched=tuple(
+            Mismatch(tensor=name, expected=_kind_of(wanted[name]), got=_kind_of(tensor))
+            for name, tensor in given.items()
+            if name in wanted and _kind_of(wanted[name]) != _kind_of(tensor)
+        ),
+    )
+
+
+def _is_spare(name: str, aliases: Collection[str]) -> bool:
+    return name in aliases or is_ignorable(name)
+
+
+def _kind_of(tensor: TensorMeta) -> str:
+    return f"{tensor.dtype.torch_name} {list(tensor.shape)}"
 
 
 def unchecked(manifest: Manifest) -> Layout:

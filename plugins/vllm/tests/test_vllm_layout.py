@@ -5,7 +5,7 @@ import pytest
 from ckpt_core.dtypes import DType
 from ckpt_core.manifest import Manifest, TensorMeta
 from ckpt_vllm.expected import ExpectedCheckpoint, ExpectedTensor
-from ckpt_vllm.layout import layout_of
+from ckpt_vllm.layout import fits, layout_like, layout_of, started_from
 
 QKV, HEAD = "model.layers.0.self_attn.qkv_proj", "lm_head"
 WANTED = {
@@ -91,3 +91,40 @@ def test_renamed_tensors_are_asked_for_by_the_checkpoints_name():
     found = layout(given, rename=lambda name: name.removeprefix("language."))
     assert (found.missing, found.unknown) == ((), ())
     assert all(entry.tensor.startswith("language.") for entry in found.entries)
+
+
+def test_what_fits_is_known_by_its_layout():
+    assert fits(layout(manifest()))
+    for change in ({"lm_head.weight": None}, {"stranger": (1,)}, {"lm_head.weight": (16, 9)}):
+        assert not fits(layout(manifest(**change)))
+
+
+def test_a_checkpoint_like_the_first_files_fits_them():
+    started = manifest()
+    assert fits(found := layout_like(started, started, aliases=()))
+    assert len(found.entries) == len(started.tensors)
+
+
+def test_differences_from_the_first_files_are_told():
+    given = manifest(**{"lm_head.weight": None, "stranger": (1,), "model.layers.0.self_attn.k_proj.weight": "fp16"})
+    found = layout_like(given, manifest(), aliases=())
+    assert (found.missing, found.unknown) == (("lm_head.weight",), ("stranger",))
+    (misfit,) = found.mismatched
+    assert (misfit.expected, misfit.got) == ("bfloat16 [4, 8]", "float16 [4, 8]")
+    assert "stranger" not in {entry.tensor for entry in found.entries}
+
+
+@pytest.mark.parametrize("spare", ["tied.weight", "model.rotary_emb.inv_freq"])
+def test_spare_tensors_may_come_and_go(spare):
+    plain, more = manifest(), manifest(**{spare: (16, 8)})
+    for given, started in ((plain, more), (more, plain)):
+        found = layout_like(given, started, aliases={"tied.weight"})
+        assert fits(found)
+        assert spare not in {entry.tensor for entry in found.entries}
+
+
+def test_without_files_there_is_nothing_to_compare_with(tmp_path):
+    assert started_from("org/model-on-a-hub") is None
+    assert started_from(str(tmp_path)) is None
+    (tmp_path / "model.safetensors").write_bytes(b"no checkpoint")
+    assert started_from(str(tmp_path)) is None
