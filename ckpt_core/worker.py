@@ -191,6 +191,12 @@ class _Attachment:
         self._phase = "layout"
         manifest = ask.manifest
         layout: Layout = self._hook.ckpt_layout(worker=self._worker, manifest=manifest) or whole_layout(manifest)
+        if layout.missing and _guarded.get(self._worker):
+            lacking = f"{len(layout.missing)} tensors that the engine needs, e.g. {layout.missing[0]!r:.200}"
+            raise EngineStateError(
+                f"rank {self._info.rank}: an earlier update left mixed weights, and this checkpoint, which lacks {lacking}, "
+                "cannot mend them; send a whole checkpoint, or restart the engine"
+            )
         if self._recorded is not None:
             layout = self._recorded.layout(manifest, layout, replay=ask.replay, slices=ask.slices)
         self._line.send(wire.LayoutReply(layout=layout))

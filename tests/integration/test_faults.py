@@ -303,6 +303,22 @@ def test_a_poisoned_engine_stays_so_however_early_the_next_update_fails(
     assert updater.update(checkpoint_of(which="b")).outcome is Outcome.COMMITTED
 
 
+def test_mixed_weights_are_not_mended_by_a_part_of_a_checkpoint(checkpoint_of, updater_of, tensors_of):
+    worker = Eventful(checkpoint_of(which="a"))
+    worker.at_bucket = raises(RuntimeError("no kernel for this"))
+    updater = updater_of(worker, allow_missing=True)
+    with pytest.raises(UpdateAborted):
+        updater.update(checkpoint_of(which="b"))
+    part = tensors_of(checkpoint_of(which="b"))
+    del part["model.norm.weight"]
+    with aborts(Outcome.POISONED, EngineStateError, SOON_S) as caught:
+        updater.update(part)
+    assert "model.norm.weight" in str(caught.value)
+    assert worker.state is EndpointState.POISONED
+    assert updater.update(checkpoint_of(which="b")).outcome is Outcome.COMMITTED
+    assert updater.update(part).outcome is Outcome.COMMITTED  # on whole weights a part may come
+
+
 def test_an_agent_dies_at_an_exact_bucket(checkpoint_of, updater_of, kill):
     worker = Eventful(checkpoint_of(which="a"))
     updater = updater_of(worker, ring_bytes=1 << 14)
