@@ -74,7 +74,18 @@ _LATENT = {
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
+    "moe_layer_freq": 1,
     "vocab_size": 512,
+    "rope_scaling": {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 128,
+    },
 }
 
 
@@ -83,7 +94,12 @@ def _deepseek_v2() -> PretrainedConfig:
 
     sizes = {**_SIZES, "num_key_value_heads": 4}
     return DeepseekV2Config(
-        **sizes, **_LATENT, q_lora_rank=None, topk_method="greedy", architectures=["DeepseekV2ForCausalLM"]
+        **sizes,
+        **_LATENT,
+        q_lora_rank=None,
+        topk_method="greedy",
+        scoring_func="softmax",
+        architectures=["DeepseekV2ForCausalLM"],
     )
 
 
@@ -91,7 +107,10 @@ def _deepseek_v3() -> PretrainedConfig:
     from transformers import DeepseekV3Config
 
     sizes = {**_SIZES, "num_key_value_heads": 4}
-    return DeepseekV3Config(**sizes, **_LATENT, q_lora_rank=64, num_nextn_predict_layers=0)
+    # engines ask for the two last ones, which real config.json files have, and transformers' class no longer knows
+    return DeepseekV3Config(
+        **sizes, **_LATENT, q_lora_rank=64, num_nextn_predict_layers=0, topk_method="noaux_tc", scoring_func="sigmoid"
+    )
 
 
 CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
