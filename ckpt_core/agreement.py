@@ -2,7 +2,7 @@
 
 The long way: every rank says which slices it needs, the controller plans, every rank checks the plan against its own
 layout. The short way: the same ranks still know the plan of the last update for the same names, shapes and dtypes; only
-rings and content digests are new. A plan of 4695 tensors takes a tenth of a second to make, send and check.
+rings and content digests are new. A plan of 4695 tensors takes some 40 ms to ask for, make, send and check.
 """
 
 from __future__ import annotations

@@ -207,10 +207,12 @@ class _PartNumbers(dict[tuple[int, Box | None], int]):
         return number
 
     def _number(self, shape: tuple[int, ...], box: Box | None) -> int:
-        if box is None or (box.fits(shape) and box.shape == shape):
+        if box is None:
             return _WHOLE
         if not box.fits(shape):
             return _OUTSIDE
+        if box.shape == shape:
+            return _WHOLE
         # An empty slice of a tensor with elements is no need at all; an empty tensor still has to arrive.
         if not box.size and 0 not in shape:
             return _NOTHING

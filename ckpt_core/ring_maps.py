@@ -42,8 +42,9 @@ class RingMaps:
         """
         if self._mapping is None or self._rings != rings:
             self._unmap()
-            self.begin(rings)
-        assert self._mapping is not None
+            mapping: Future[list[RingReader]] = Future()
+            mapping.set_result(_mapped(rings, self._device_index))  # here: nobody gains by another thread
+            self._rings, self._mapping = rings, mapping
         return self._mapping.result()
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """The receiving side, inside each rank process of an engine. It knows no engine: it calls hooks.
 
     identify, supports -> RankHello          |  what may be refused, is refused before anything is touched
+    MapRings                                 |  in the background; only where no plan is known
     AskLayout          -> LayoutReply        |
     OfferPlan          -> PlanAgreed         |
     Begin: begin, load ..., finish           |  from here on, any failure ends in poison, abort, and a typed outcome

@@ -47,7 +47,7 @@ def test_rings_need_not_be_begun(maps, rings):
     assert reader.published() == 0
 
 
-def test_others_take_their_place(maps, rings, tmp_path):
+def test_others_take_their_place(maps, rings):
     maps.begin(rings(1024))
     (reader,) = maps.take(rings(4096))
     assert reader.view(0, 4096).numel() == 4096
