@@ -27,10 +27,14 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing, send
 from ckpt_core.plan import Plan
 from ckpt_core.polling import Poller
+from ckpt_core.relay import Relay
+from ckpt_core.relaying import relay_all, slots_for
 from ckpt_core.shm import remove_directory
 from ckpt_core.staging import HostPool
+from ckpt_core.stats import AgentStats
 from ckpt_core.trace import TrackKind
 from ckpt_core.tracks import ProcessTracks
+from ckpt_core.transport.chain import Neighbours
 from ckpt_core.transport.ipc import IpcRingWriter
 from ckpt_core.uncollected import uncollected
 
@@ -51,6 +55,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         parent: process id of the controller.
         orphans: directories that the agent removes when its controller is gone without having done so.
         silence_timeout_s: it ends when it hears nothing for that long.
+        server_key: of the controller, where that may be on another host.
+        reached_at: where agents of other hosts reach this one; "" on one host.
+        nic_gb_s: what the host's network carries, GB/s; 0 where nobody said.
     """
 
     address: str
@@ -63,6 +70,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     orphans: tuple[str, ...] = ()
     silence_timeout_s: float = 20.0
     log_level: str = "WARNING"
+    server_key: str = ""
+    reached_at: str = ""
+    nic_gb_s: float = 0.0
 
 
 class Agent:
@@ -80,6 +90,8 @@ class Agent:
         self._outgoing: Outgoing | None = None
         self._plan: Plan | None = None
         self._manifest: Manifest | None = None
+        self._relay: Relay | None = None
+        self._neighbours: Neighbours | None = None
         self._handlers: dict[type[wire.Message], Callable[..., wire.AnyMessage | None]] = {
             wire.Prepare: self._prepare,
             wire.OpenRing: self._open_ring,
@@ -90,7 +102,16 @@ class Agent:
 
     def run(self) -> None:
         """Serve until told to stop."""
-        self._line.send(wire.AgentHello(agent=self._config.index, process=process.current()))
+        config = self._config
+        self._line.send(
+            wire.AgentHello(
+                agent=config.index,
+                process=process.current(),
+                count=config.count,
+                address=config.reached_at,
+                nic_gb_s=config.nic_gb_s,
+            )
+        )
         try:
             while not isinstance(message := self._next(), wire.Stop):
                 self._handle(message)
@@ -121,8 +142,11 @@ class Agent:
 
     def _prepare(self, message: wire.Prepare) -> wire.Prepared:
         before, known, self._manifest = self._pool.layout, self._manifest, None  # none is known if this fails
-        locked_bytes, lock_s = self._pool.adopt(message.index)
-        same = known is not None and self._pool.layout is before
+        index = message.index
+        if message.holds is not None:
+            index = index.only(frozenset(message.holds)).as_here()
+        locked_bytes, lock_s = self._pool.adopt(index)
+        same = known is not None and self._pool.layout is before and message.holds is None
         self._manifest = known if same else Manifest.from_index(message.index)
         start = told = time.perf_counter()
         digests: dict[str, str] = {}
@@ -153,7 +177,10 @@ class Agent:
             directory=Path(self._config.directory),
         )
         self._receivers = message.receivers
-        return wire.RingOpened(offer=self._writer.offer())
+        if self._config.reached_at and self._neighbours is None:
+            self._neighbours = Neighbours(self._config.reached_at)
+        port = "" if self._neighbours is None else self._neighbours.port
+        return wire.RingOpened(offer=self._writer.offer(), port=port)
 
     def _take_plan(self, message: wire.TakePlan) -> wire.PlanTaken:
         self._plan = message.plan or self._plan
@@ -165,8 +192,19 @@ class Agent:
                 f"{self._manifest.structure_digest}; prepare the checkpoint that the plan was made for"
             )
         self._check_ring(self._plan)
+        if message.plan is not None:
+            self._relay = message.relay
+        arriving = frozenset(arrival.seq for arrival in self._relay.arrivals) if self._relay else frozenset[int]()
         if self._outgoing is None or not self._outgoing.holds(self._plan):
-            self._outgoing = Outgoing(self._plan, self._config.index, self._pool, self._manifest)
+            self._outgoing = Outgoing(
+                self._plan,
+                self._config.index,
+                self._pool,
+                self._manifest,
+                is_source=lambda step: step.seq not in arriving,
+            )
+        if self._relay is not None and message.links is not None and self._neighbours is not None:
+            self._neighbours.connect(self._relay, message.links)
         return wire.PlanTaken(digest=self._plan.digest)
 
     def _check_ring(self, plan: Plan) -> None:
@@ -174,7 +212,8 @@ class Agent:
         if self._writer is None:
             raise TransportError("asked to take a plan before a ring was opened")
         got = (self._writer.offer().size_bytes, self._receivers, self._config.count)
-        if got[0] < plan.ring_bytes or got[1:] != (plan.receivers, plan.agents):
+        self._writer.expect(plan.receivers)
+        if got[0] < plan.ring_bytes or got[1] < plan.receivers or got[2] != plan.agents:
             raise PlanError(
                 f"ring bytes, readers, agents: the plan needs {plan.ring_bytes}, {plan.receivers}, {plan.agents}; "
                 f"agent {self._config.index} has {', '.join(map(str, got))}; open the ring for this plan"
@@ -195,13 +234,47 @@ class Agent:
         tracks = ProcessTracks(f"agent {self._config.index}", TrackKind.AGENT, wanted=message.trace)
         if message.trace:
             tracks.timer = writer.trace()
-        stats = send(self._outgoing, writer=writer, poller=poller, spans=tracks.spans)
+        if self._relay is None or self._neighbours is None:
+            stats = send(self._outgoing, writer=writer, poller=poller, spans=tracks.spans)
+        else:
+            stats = self._send_and_relay(self._outgoing, self._relay, self._neighbours, writer, poller, tracks)
         stats = msgspec.structs.replace(stats, tracks=tracks.take())
         self._pool.check_unchanged()
         return wire.Sent(stats=stats)
 
+    def _send_and_relay(  # noqa: PLR0917
+        self,
+        outgoing: Outgoing,
+        relay: Relay,
+        neighbours: Neighbours,
+        writer: IpcRingWriter,
+        poller: Poller,
+        tracks: ProcessTracks,
+    ) -> AgentStats:
+        assert self._manifest is not None
+        inlets, outlets = neighbours.meet(relay)
+        slots = slots_for(outgoing, relay, self._device)
+        try:
+            return relay_all(
+                outgoing,
+                relay,
+                inlets=inlets,
+                outlets=outlets,
+                slots=slots,
+                writer=writer,
+                pool=self._pool,
+                manifest=self._manifest,
+                poller=poller,
+                spans=tracks.spans,
+            )
+        finally:
+            slots.close()
+
     def _close_ring(self, _message: object) -> wire.RingClosed:
         self._close_outgrown()
+        neighbours, self._neighbours = self._neighbours, None
+        if neighbours is not None:
+            neighbours.close()
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -223,7 +296,13 @@ def main() -> None:
     if config.device != CPU:
         _log.info("%s", numa.bind(probe.pci_bus_id(driver.ordinal_of(config.device))).reason)
     try:
-        with Line(config.address, config.token, config.silence_timeout_s) as line:
+        with Line(
+            config.address,
+            config.token,
+            config.silence_timeout_s,
+            server_key=config.server_key,
+            watch=bool(config.server_key),
+        ) as line:
             Agent(config, line).run()
     except CkptError as error:
         _log.warning("ending: %s", error)

@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_core import limits as machine_limits
 from ckpt_core import plugins
+from ckpt_core.agent_peers import AgentPeers
 from ckpt_core.agents import AgentGroup
 from ckpt_core.agreement import KnownPlan
 from ckpt_core.channel import Hub
-from ckpt_core.config import Environment, UpdateConfig
+from ckpt_core.cluster import ClusterKey
+from ckpt_core.cluster_agents import ClusterAgents
+from ckpt_core.config import Environment, Reading, UpdateConfig, VerifyLevel
 from ckpt_core.conversation import Conversation
 from ckpt_core.cost import predict
 from ckpt_core.device_source import export_tensors
 from ckpt_core.endpoint import Endpoint, EndpointOptions
 from ckpt_core.fleet import EndpointLocks, Fleet, Member
+from ckpt_core.fleet_plan import FleetPlan
 from ckpt_core.metrics import Stage, UpdateReport
-from ckpt_core.plan import Plan
 from ckpt_core.session import OnProgress, Session
 from ckpt_core.shm import private_directory, remove_directory
 from ckpt_core.source import SourceIndex, open_checkpoint, restage_tensors, stage_tensors
@@ -59,6 +62,21 @@ class Target:
     plugin: plugins.EnginePlugin | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Engines on other hosts than this one: their agents dial in.
+
+    Attributes:
+        key: `controller.json` of `ckpt cluster`.
+        hosts: how many hosts take part; an update waits until the agents of all are there.
+        reading: which of them read the checkpoint.
+    """
+
+    key: ClusterKey
+    hosts: int
+    reading: Reading = Reading.HERE
+
+
 class Updater:
     """Keeps agents, sockets and HTTP clients over several updates of the same engines. A context manager.
 
@@ -67,6 +85,7 @@ class Updater:
         config: options, see UpdateConfig.
         endpoint_options: how to talk to the engines' servers.
         on_progress: told stage, done and total bytes, now and then.
+        cluster: the hosts, where engines are on others than this one.
     """
 
     def __init__(
@@ -76,8 +95,10 @@ class Updater:
         config: UpdateConfig | None = None,
         endpoint_options: EndpointOptions | None = None,
         on_progress: OnProgress | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
-        self._config = config or UpdateConfig()
+        self._config = _config_for(cluster, config or UpdateConfig())
+        self._cluster = cluster
         self._on_progress = on_progress or _ignore
         self._environment = Environment.read()
         options = endpoint_options or EndpointOptions(
@@ -86,7 +107,7 @@ class Updater:
         self._fleet = Fleet(members=[_member(target, options) for target in targets])
         self._exit = ExitStack()
         self._exit.callback(self._fleet.close)
-        self._agents: AgentGroup | None = None
+        self._agents: AgentGroup | ClusterAgents | None = None
         self._known_plan: KnownPlan | None = None
         self._staged: SourceIndex | None = None
 
@@ -95,7 +116,7 @@ class Updater:
         self._exit.callback(remove_directory, self._sockets)
         self._memory = private_directory(self._environment.memory_root, "ckpt-")
         self._exit.callback(remove_directory, self._memory)
-        self._hub = Hub(self._sockets)
+        self._hub = Hub(self._sockets, self._cluster.key if self._cluster is not None else None)
         self._exit.callback(self._hub.close)
         self._talk = Conversation(self._hub, ping_every_s=self._config.silence_timeout_s / 5)
         self._exit.callback(self._talk.close)
@@ -110,7 +131,7 @@ class Updater:
     @property
     def agent_pids(self) -> tuple[int, ...]:
         """Process ids of the agents that run now."""
-        return () if self._agents is None else self._agents.pids
+        return self._agents.pids if isinstance(self._agents, AgentGroup) else ()
 
     def update(self, checkpoint: Checkpoint, *, version: str = "") -> UpdateReport:
         """Move all engines to a checkpoint.
@@ -146,23 +167,43 @@ class Updater:
             self._known_plan = session.known_plan
             return self._with_prediction(report, session.plan)
 
-    def _with_prediction(self, report: UpdateReport, plan: Plan | None) -> UpdateReport:
-        """What it should have taken on this machine; worked out when the engines serve again."""
-        if plan is None or self._limits is None:
+    def _with_prediction(self, report: UpdateReport, plan: FleetPlan | None) -> UpdateReport:
+        """What it should have taken on this machine, or these; worked out when the engines serve again."""
+        if plan is None:
             return report
-        return replace(report, predicted=predict(plan, self._limits))
+        if plan.routed is not None:
+            return replace(report, predicted=predict(plan.routed, self._limits)) if plan.rates_known else report
+        return report if self._limits is None else replace(report, predicted=predict(plan.plans[0], self._limits))
 
     @cached_property
     def _limits(self) -> machine_limits.Limits | None:
         return machine_limits.load(self._environment.cache_root, machine_limits.identify())
 
-    def _running_agents(self) -> AgentGroup:
-        wanted = self._fleet.devices()
-        if self._agents is not None and (self._agents.devices != wanted or not self._agents.alive):
+    def _running_agents(self) -> AgentPeers:
+        return self._local_agents() if self._cluster is None else self._cluster_agents(self._cluster)
+
+    def _cluster_agents(self, cluster: Cluster) -> ClusterAgents:
+        if isinstance(self._agents, ClusterAgents):
+            if self._agents.alive:
+                return self._agents
             self._stop_agents()
-        if self._agents is None:
+        self._agents = agents = ClusterAgents(self._talk, token=cluster.key.token, reading=cluster.reading)
+        try:
+            agents.join(cluster.hosts, _JOIN_TIMEOUT_S)
+        except BaseException:
+            self._stop_agents()
+            raise
+        return agents
+
+    def _local_agents(self) -> AgentGroup:
+        wanted = self._fleet.devices()
+        running = self._agents if isinstance(self._agents, AgentGroup) else None
+        if running is not None and (running.devices != wanted or not running.alive):
+            self._stop_agents()
+            running = None
+        if running is None:
             token = secrets.token_hex(16)
-            self._agents = AgentGroup(
+            self._agents = running = AgentGroup(
                 wanted,
                 conversation=self._talk,
                 directory=self._memory,
@@ -172,11 +213,11 @@ class Updater:
                 log_level=self._environment.log_level,
             )
             try:
-                self._agents.join(_JOIN_TIMEOUT_S)
+                running.join(_JOIN_TIMEOUT_S)
             except BaseException:
                 self._stop_agents()
                 raise
-        return self._agents
+        return running
 
     def _stop_agents(self) -> None:
         agents, self._agents, self._known_plan = self._agents, None, None
@@ -216,10 +257,20 @@ def update(
     config: UpdateConfig | None = None,
     endpoint_options: EndpointOptions | None = None,
     on_progress: OnProgress | None = None,
+    cluster: Cluster | None = None,
 ) -> UpdateReport:
-    """One update with agents of its own; see `Updater`."""
-    with Updater(targets, config=config, endpoint_options=endpoint_options, on_progress=on_progress) as updater:
+    """One update with agents of its own, or those of a cluster; see `Updater`."""
+    with Updater(
+        targets, config=config, endpoint_options=endpoint_options, on_progress=on_progress, cluster=cluster
+    ) as updater:
         return updater.update(checkpoint, version=version)
+
+
+def _config_for(cluster: Cluster | None, config: UpdateConfig) -> UpdateConfig:
+    """Between hosts every bucket is digested on its way: to digest whole tensors, too, each rank would have to get them whole."""
+    if cluster is None or config.verify is not VerifyLevel.AUTO:
+        return config
+    return replace(config, verify=VerifyLevel.NONE)
 
 
 def _member(target: Target, options: EndpointOptions) -> Member:

@@ -29,7 +29,7 @@ NaturalKey = tuple[_ComponentKey, ...]
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """A tensor, or a part of one that is contiguous in the checkpoint, in a bucket.
+    """A tensor, or a part of one, row-major in a bucket. Within one host parts are contiguous in the checkpoint, too.
 
     Attributes:
         tensor: its index in the manifest.

@@ -1,14 +1,14 @@
 """Sockets of the control plane: the controller's hub, and the one end that each agent and rank has.
 
-ZeroMQ over a unix socket in a 0700 directory. A peer is known by its ZeroMQ identity, which it draws itself; nothing it
-says counts before its first frame carried the update's token.
+ZeroMQ over a unix socket in a 0700 directory, or over TCP with CURVE between hosts. A peer is known by its ZeroMQ identity,
+which it draws itself; nothing it says counts before its first frame carried the update's token.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -16,29 +16,51 @@ from typing import TypeVar
 import zmq
 
 from ckpt_core import wire
-from ckpt_core.errors import RendezvousTimeout, TransportError, WireError
+from ckpt_core.cluster import ClusterKey
+from ckpt_core.errors import ConfigError, PeerLost, RendezvousTimeout, TransportError, WireError
 
 _log = logging.getLogger(__name__)
 _LINGER_MS = 2000
+_HEARTBEAT_MS = 2000
+_HEARTBEAT_TIMEOUT_MS = 10_000
+_RECONNECT_MOST_MS = 1000
 M = TypeVar("M", bound=wire.Message)
 
 
 class Hub:
-    """The controller's socket.
+    """The controller's sockets.
 
     Args:
         directory: a 0700 directory for the unix socket.
+        cluster: listen to other hosts, too.
+
+    Attributes:
+        address: where peers dial in: the cluster's, where there is one.
+        server_key: what they need for it; "" on one host.
+
+    Raises:
+        ConfigError: the cluster's address cannot be listened on.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.address = f"ipc://{directory}/control"
+    def __init__(self, directory: Path, cluster: ClusterKey | None = None) -> None:
+        self.address = f"ipc://{directory}/control" if cluster is None else cluster.address
+        self.server_key = "" if cluster is None else cluster.server_key
         self._tokens: set[str] = set()
         self._token_of: dict[bytes, str] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        self._socket.bind(self.address)
+        if cluster is not None:
+            _serve_curve(self._socket, cluster)
+        try:
+            self._socket.bind(self.address)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            self._context.term()
+            raise ConfigError(
+                f"cannot listen on {self.address}: {error}; is another controller of this cluster running?"
+            ) from error
         self._received: dict[bytes, int] = {}
         self._sent: dict[bytes, int] = {}
 
@@ -49,8 +71,13 @@ class Hub:
     def revoke(self, token: str) -> None:
         """Forget the token and all peers that came with it."""
         self._tokens.discard(token)
-        for peer in [peer for peer, known in self._token_of.items() if known == token]:
-            del self._token_of[peer], self._received[peer]
+        self.forget([peer for peer, known in self._token_of.items() if known == token])
+
+    def forget(self, peers: Iterable[bytes]) -> None:
+        """These are gone, or are to be: nothing is sent to them any more."""
+        for peer in peers:
+            if self._token_of.pop(peer, None) is not None:
+                del self._received[peer]
             self._sent.pop(peer, None)
 
     def send(self, peer: bytes, body: wire.AnyMessage) -> None:
@@ -95,15 +122,22 @@ class Line:
         address: the hub's.
         token: the update's.
         silence_timeout_s: `receive` raises when nothing came for this long.
+        server_key: the controller's, between hosts.
+        watch: notice when a controller that was there is gone.
     """
 
-    def __init__(self, address: str, token: str, silence_timeout_s: float) -> None:
+    def __init__(
+        self, address: str, token: str, silence_timeout_s: float, *, server_key: str = "", watch: bool = False
+    ) -> None:
         self._token = token
         self._silence_timeout_s = silence_timeout_s
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        if server_key:
+            _dial_curve(self._socket, server_key)
+        self._events = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watch else None
         self._socket.connect(address)
         self._received = 0
         self._sent = 0
@@ -115,6 +149,8 @@ class Line:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._events is not None:
+            self._socket.disable_monitor()
         self._socket.close()
         self._context.term()
 
@@ -128,9 +164,12 @@ class Line:
 
         Raises:
             RendezvousTimeout: the controller has been silent for too long.
+            PeerLost: it is watched, and gone.
         """
         deadline = time.monotonic() + timeout_s
         while True:
+            if self._events is not None and self._events.poll(0):
+                raise PeerLost("the connection to the controller ended")
             left_ms = max(0, int((deadline - time.monotonic()) * 1000))
             if self._socket.poll(left_ms):
                 if not isinstance(message := self._take(), wire.Ping):
@@ -174,3 +213,23 @@ class Line:
 
 class AbortRequested(TransportError):
     """The controller ended the update; the text is its cause."""
+
+
+def _serve_curve(socket: zmq.Socket[bytes], cluster: ClusterKey) -> None:
+    """Who does not know the public key gets nowhere; who does must still show a token."""
+    socket.curve_server = True
+    socket.curve_publickey, socket.curve_secretkey = cluster.server_key.encode(), cluster.secret_key.encode()
+    _beat(socket)
+
+
+def _dial_curve(socket: zmq.Socket[bytes], server_key: str) -> None:
+    socket.curve_serverkey = server_key.encode()
+    socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MOST_MS)
+    _beat(socket)
+
+
+def _beat(socket: zmq.Socket[bytes]) -> None:
+    """A host that vanished does not hang up: its connections end when it is silent."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)

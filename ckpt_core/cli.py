@@ -24,14 +24,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 
 from ckpt_core import api, plugins, render
+from ckpt_core import cluster as clusters
 from ckpt_core import explain as explanation
 from ckpt_core import limits as machine_limits
-from ckpt_core.config import MIB, Environment, UpdateConfig, VerifyLevel
+from ckpt_core.config import MIB, Environment, Reading, UpdateConfig, VerifyLevel
 from ckpt_core.contract import EndpointState, PauseMode
 from ckpt_core.cpu import CpuDevice
 from ckpt_core.cuda import probe
+from ckpt_core.device import CPU
+from ckpt_core.devices import visible_gpus
 from ckpt_core.endpoint import Endpoint, EndpointOptions
 from ckpt_core.errors import CkptError, ConfigError, EngineError, UpdateAborted
+from ckpt_core.host_service import HostService
 from ckpt_core.layout import whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import Stage
@@ -83,6 +87,9 @@ def update(
     replay: Annotated[bool, typer.Option(help="Copy recorded slices instead of calling the engine's loader.")] = True,
     ring_mib: Annotated[int, typer.Option(min=0, help="Ring of each agent, MiB; 0: 16 on CPU, 128 on a GPU.")] = 0,
     bucket_mib: Annotated[int, typer.Option(min=0, help="What travels together, MiB; 0: a quarter of the ring.")] = 0,
+    cluster: Annotated[Path | None, typer.Option(help="controller.json, where engines are on other hosts.")] = None,
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts of the cluster that take part.")] = 1,
+    reading: Annotated[Reading, typer.Option(help="Which hosts of the cluster read the checkpoint.")] = Reading.HERE,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the transfer, seconds.")] = 600.0,
     pause_timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the pause, seconds.")] = 120.0,
     json: JsonOption = None,
@@ -106,9 +113,18 @@ def update(
         transfer_timeout_s=timeout_s,
         pause_timeout_s=pause_timeout_s,
     )
+    members = None
+    if cluster is not None:
+        key = clusters.load(cluster, controller=True)
+        members = api.Cluster(key=key, hosts=hosts, reading=reading)
     with _progress() as on_progress:
         report = api.update(
-            checkpoint, _targets(engine, endpoint), version=version, config=config, on_progress=on_progress
+            checkpoint,
+            _targets(engine, endpoint),
+            version=version,
+            config=config,
+            on_progress=on_progress,
+            cluster=members,
         )
     if trace is not None:
         known = machine_limits.load(Environment.read().cache_root, machine_limits.identify())
@@ -193,6 +209,38 @@ def _explained(made: Plan, manifest: Manifest, hosts: int, lanes: list[str]) -> 
     if hosts == 1:
         return [explanation.one_host_table(made, speeds, source)]
     return explanation.many_hosts_tables(manifest, ranks=made.receivers, hosts=hosts, speeds=speeds, source=source)
+
+
+@app.command()
+def cluster(
+    directory: Annotated[Path, typer.Argument(help="Where the two files are written.")],
+    address: Annotated[str, typer.Option(help="Where whoever updates listens: tcp://host:port.")],
+) -> None:
+    """Make the keys of a cluster: controller.json for who updates, agent.json for the hosts of engines."""
+    for path in clusters.create(directory, address):
+        _out.print(escape(str(path)))
+
+
+@app.command()
+def agent(
+    cluster: Annotated[Path, typer.Option(help="agent.json of the cluster.")],
+    address: Annotated[str, typer.Option(help="Address of this host, as the other hosts reach it.")],
+    count: Annotated[int, typer.Option(min=0, help="Agents; 0: one for each GPU, or one where there is none.")] = 0,
+    nic_gb_s: Annotated[float, typer.Option(min=0.0, help="What its network carries, GB/s, for predictions.")] = 0.0,
+) -> None:
+    """Run the agents of this host, for updates of engines on several hosts, until it is told to stop."""
+    environment = Environment.read()
+    gpus = visible_gpus()
+    service = HostService(
+        clusters.load(cluster, controller=False),
+        reached_at=address,
+        devices=(gpus[:count] if count else gpus) or (CPU,) * max(count, 1),
+        memory_root=environment.memory_root,
+        nic_gb_s=nic_gb_s,
+        log_level=environment.log_level,
+    )
+    with service:
+        service.serve()
 
 
 @app.command()

@@ -29,6 +29,18 @@ class VerifyLevel(Enum):
     ARRIVAL = "arrival"
 
 
+class Reading(Enum):
+    """Which hosts of a cluster read the checkpoint; what the others need comes from them, each byte once into a host.
+
+    HERE: the host of the controller. STRIPED: every host a part: a file system that all have is read once. EVERYWHERE: every host
+    what its engines need, and nothing goes between hosts.
+    """
+
+    HERE = "here"
+    STRIPED = "striped"
+    EVERYWHERE = "everywhere"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateConfig:
     """Options of one update; every wait in it ends by one of these deadlines.

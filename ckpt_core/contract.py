@@ -270,6 +270,7 @@ class Rendezvous:
         silence_timeout_s: without a word from the controller for this long, the rank aborts by itself.
         lifetime_s: the longest that the whole attach call may take.
         endpoint_index: which endpoint of the update this engine instance is.
+        server_key: the controller's public key, where address is of another host; "" on one host.
     """
 
     address: str
@@ -278,6 +279,7 @@ class Rendezvous:
     silence_timeout_s: float
     lifetime_s: float = 3600.0
     endpoint_index: int = 0
+    server_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

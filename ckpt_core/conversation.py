@@ -29,6 +29,7 @@ class Conversation:
     Attributes:
         on_progress: called with a peer's name and its Progress.
         watches: called every round; raise to end what is going on.
+        agents: who dialled in as an agent, whether or not anybody waited for it.
     """
 
     def __init__(self, hub: Hub, *, ping_every_s: float) -> None:
@@ -41,12 +42,18 @@ class Conversation:
         self._inbox: deque[tuple[bytes, wire.AnyMessage]] = deque()
         self.on_progress: Callable[[str, wire.Progress], None] = lambda _name, _progress: None
         self.watches: list[Callable[[], None]] = []
+        self.agents: dict[bytes, wire.AgentHello] = {}
         self._farewell: wire.AnyMessage | None = None
 
     @property
     def address(self) -> str:
         """Where peers dial in."""
         return self._hub.address
+
+    @property
+    def server_key(self) -> str:
+        """What peers on other hosts need for it; "" where there are none."""
+        return self._hub.server_key
 
     def admit(
         self, hello: type[M], count: int, *, timeout_s: float, who: str, into: dict[bytes, M] | None = None
@@ -70,9 +77,8 @@ class Conversation:
         return came
 
     def introduce(self, peer: bytes, info: wire.ProcessInfo, name: str) -> None:
-        """Name a peer and watch its process; raises TransportError where it cannot share memory with this one."""
+        """Name a peer and watch its process, where that is on this host."""
         self._names[peer] = name
-        process.check_can_share(self._mine, info, name)
         self._deaths.add(info, name)
 
     def tell(self, peer: bytes, message: wire.AnyMessage) -> None:
@@ -134,15 +140,18 @@ class Conversation:
         gone = set(peers)
         for peer in gone:
             self._deaths.drop(self._names.pop(peer, ""))
+            self.agents.pop(peer, None)
         self._inbox = deque(item for item in self._inbox if item[0] not in gone)
 
     def listen_to(self, token: str) -> None:
         """Admit peers that carry this token from now on."""
         self._hub.allow(token)
 
-    def dismiss(self, peers: Iterable[bytes], token: str) -> None:
-        """Forget those peers, and listen to nobody with their token any more."""
-        self.forget(peers)
+    def dismiss(self, peers: Iterable[bytes], token: str = "") -> None:
+        """Forget those peers, and listen to nobody with their token any more, if it is given."""
+        gone = tuple(peers)
+        self.forget(gone)
+        self._hub.forget(gone)
         self._hub.revoke(token)
         self._farewell = None
 
@@ -153,9 +162,11 @@ class Conversation:
     def idle_until(self, done: Callable[[], bool], *, timeout_s: float) -> None:
         """Listen, and let all that is said pass, until something else is done or the deadline is over."""
         deadline = time.monotonic() + timeout_s
-        while not done() and time.monotonic() < deadline:
+        while True:
             for _ in self._round(minded=()):
                 pass
+            if done() or time.monotonic() >= deadline:
+                return
 
     def close(self) -> None:
         """Stop watching processes."""
@@ -177,6 +188,8 @@ class Conversation:
             elif isinstance(message, wire.Failure) and (minded is None or peer in minded):
                 raise failure_of(self._names.get(peer, "an unknown peer"), message)
             else:
+                if isinstance(message, wire.AgentHello):
+                    self.agents[peer] = message
                 yield peer, message
         self._check_alive(minded)
 

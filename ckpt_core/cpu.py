@@ -41,7 +41,7 @@ class CpuBuffer:
     def write(self, offset_bytes: int, source: HostBytes | DevicePart) -> None:
         """Copy now; numpy lets other threads run meanwhile."""
         assert not isinstance(source, DevicePart), "the pool refuses device memory for this device"
-        self._file.array[offset_bytes : offset_bytes + source.size] = source
+        self._file.array[offset_bytes : offset_bytes + source.size].reshape(source.shape)[...] = source
 
     def mark(self) -> Mark:
         """Reached."""

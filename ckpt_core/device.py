@@ -15,7 +15,7 @@ from ckpt_core.trace import Span, SpanStage
 if TYPE_CHECKING:
     import torch
 
-HostBytes = npt.NDArray[np.uint8]
+HostBytes = npt.NDArray[np.uint8]  # of any shape and strides: a part of a tensor need not be contiguous
 CPU = "cpu"
 
 

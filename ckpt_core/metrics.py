@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 from ckpt_core.cost import Prediction
 from ckpt_core.errors import Outcome
 from ckpt_core.in_flight import InFlight
+from ckpt_core.stats import AgentStats, RankStats
 from ckpt_core.trace import NO_BUCKET, Span, SpanStage, Track
-from ckpt_core.wire import AgentStats, RankStats
 
 
 class Stage(Enum):

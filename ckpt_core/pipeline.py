@@ -11,9 +11,9 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan, Step
 from ckpt_core.polling import Poller
 from ckpt_core.staging import HostPool
+from ckpt_core.stats import AgentStats
 from ckpt_core.trace import SpanRecorder, SpanStage, Unrecorded
 from ckpt_core.transport.base import RingReader, RingWriter
-from ckpt_core.wire import AgentStats
 
 Consume = Callable[[Step], None]
 

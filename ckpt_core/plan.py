@@ -137,7 +137,7 @@ def make_plan(
 
 
 def _steps(buckets: Sequence[tuple[Bucket, int]], agents: int, ring_bytes: int) -> Iterator[Step]:
-    rings = [_Ring(ring_bytes) for _ in range(agents)]
+    rings = [RingSpace(ring_bytes) for _ in range(agents)]
     owners = assign_owners([bucket.size_bytes for bucket, _ in buckets], agents)
     for (bucket, receivers), owner in zip(buckets, owners, strict=True):
         offset, seq, free_after = rings[owner].append(bucket.size_bytes)
@@ -175,7 +175,7 @@ class LastWriters:
         return highest
 
 
-class _Ring:
+class RingSpace:
     """Lays buckets one behind the other; what does not fit before the end begins at 0 again."""
 
     def __init__(self, ring_bytes: int) -> None:
@@ -217,17 +217,18 @@ def check_plan(plan: Plan, manifest: Manifest, wanted: Mapping[int, Wanted] | No
         _check_place(plan, step, position, last_seqs)
         _check_ring(plan, step, rings[step.owner])
         _check_pieces(step, manifest, sent)
-    _check_sent_once(manifest, sent)
+    _check_sent_once(plan, manifest, sent)
     for receiver, mine in (wanted or {}).items():
         _check_arrivals(plan, receiver, mine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sent:
-    """Tensors that were sent whole, and byte ranges of the others."""
+    """Tensors that were sent whole, byte ranges of the others, and those of which a part was more than one range."""
 
     whole: set[int] = field(default_factory=set)
     parts: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    strided: set[int] = field(default_factory=set)
 
 
 def _check_place(plan: Plan, step: Step, position: int, last_seqs: list[int]) -> None:
@@ -269,6 +270,8 @@ def _check_pieces(step: Step, manifest: Manifest, sent: _Sent) -> None:
             first, expected_size = 0, whole
         else:
             first, expected_size = _box_span(piece.box, tensors[index].shape, tensors[index].dtype.itemsize)
+            if first < 0:
+                sent.strided.add(index)
         if (
             size != expected_size
             or size < 0
@@ -294,21 +297,26 @@ def _refuse_piece(step: Step, piece: Piece, tensor: TensorMeta, end: int) -> NoR
     where = f"step {step.index}: piece of tensor {piece.tensor}"
     if piece.offset_bytes < end or piece.offset_bytes % tensor.dtype.itemsize:
         _refuse(f"{where}: offset", f"at least {end}, aligned", piece.offset_bytes)
-    expected = f"a part of {tensor.dtype.value} {list(tensor.shape)} that is contiguous"
+    expected = f"a part of {tensor.dtype.value} {list(tensor.shape)}, and its size"
     _refuse(where, expected, f"{piece.box}, {piece.size_bytes} bytes")
 
 
-# Models repeat a few shapes, and so do the pieces cut from them. A size of -1: no contiguous part of the tensor.
+# Models repeat a few shapes, and so do the pieces cut from them. A size of -1: no part of the tensor; a first byte of -1: a
+# part that is not contiguous there (it is packed in the bucket).
 @lru_cache(maxsize=4096)
 def _box_span(box: Box, shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     if not box.fits(shape):
         return 0, -1
     runs = box.byte_runs(shape, itemsize)
-    return runs.first_offset_bytes, runs.run_bytes if runs.count <= 1 else -1
+    return runs.first_offset_bytes if runs.count <= 1 else -1, box.size * itemsize
 
 
-def _check_sent_once(manifest: Manifest, sent: _Sent) -> None:
+def _check_sent_once(plan: Plan, manifest: Manifest, sent: _Sent) -> None:
+    if sent.strided:
+        _check_boxes_once(plan, manifest, sent.strided)
     for index, spans in sent.parts.items():
+        if index in sent.strided:
+            continue
         if index in sent.whole:
             spans.append((0, manifest.sizes_bytes[index]))
         spans.sort()
@@ -316,6 +324,21 @@ def _check_sent_once(manifest: Manifest, sent: _Sent) -> None:
             if span[0] < before[1] or span == before:
                 name = manifest.tensors[index].name
                 _refuse(f"tensor {name!r:.200}", "every byte once", f"bytes {span[0]} to {before[1]} twice")
+
+
+def _check_boxes_once(plan: Plan, manifest: Manifest, tensors: set[int]) -> None:
+    """The same of parts that are no ranges of bytes."""
+    boxes: dict[int, list[Box]] = {}
+    for step in plan.steps:
+        for piece in step.bucket.pieces:
+            if piece.tensor in tensors:
+                boxes.setdefault(piece.tensor, []).append(piece.box or Box.whole(manifest.tensors[piece.tensor].shape))
+    for index, parts in boxes.items():
+        parts.sort(key=lambda box: box.start)
+        for position, box in enumerate(parts):
+            for other in itertools.takewhile(lambda other: other.start[0] < box.stop[0], parts[position + 1 :]):  # noqa: B023
+                if not box.disjoint(other):
+                    _refuse(f"tensor {manifest.tensors[index].name!r:.200}", "every byte once", f"{box} and {other}")
 
 
 def _check_arrivals(plan: Plan, receiver: int, wanted: Wanted) -> None:

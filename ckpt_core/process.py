@@ -19,6 +19,7 @@ def current() -> ProcessInfo:
         uid=os.getuid(),
         pid_namespace=os.readlink("/proc/self/ns/pid"),
         ipc_namespace=os.readlink("/proc/self/ns/ipc"),
+        net_namespace=os.readlink("/proc/self/ns/net"),
         host=socket.gethostname(),
     )
 

@@ -18,17 +18,17 @@ from dataclasses import replace
 import msgspec
 
 from ckpt_core import wire
-from ckpt_core.agents import AgentGroup
-from ckpt_core.agreement import Agreement, KnownPlan, Terms, open_rings, rank_keys, version_digest
+from ckpt_core.agent_peers import AgentPeers, Rings
+from ckpt_core.agreement import Agreement, KnownPlan, Ranks, Terms, open_rings, version_digest
 from ckpt_core.config import UpdateConfig
 from ckpt_core.contract import Rendezvous
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import CkptError, EngineError, EngineStateError, Outcome, UpdateAborted
 from ckpt_core.fleet import Fleet
+from ckpt_core.fleet_plan import FleetPlan
 from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import Stage, Stopwatch, UpdateReport
 from ckpt_core.outcomes import SAYS, outcomes_by_endpoint, worst
-from ckpt_core.plan import Plan
 from ckpt_core.report import controller_tracks, rank_report
 from ckpt_core.source import SourceIndex
 from ckpt_core.states import NEXT, SessionState
@@ -64,7 +64,7 @@ class Session:
         *,
         version: str,
         fleet: Fleet,
-        agents: AgentGroup,
+        agents: AgentPeers,
         conversation: Conversation,
         config: UpdateConfig,
         known_plan: KnownPlan | None,
@@ -80,7 +80,7 @@ class Session:
         self._config = config
         self._known_plan = known_plan
         self.known_plan: KnownPlan | None = None
-        self.plan: Plan | None = None
+        self.plan: FleetPlan | None = None
         self._on_progress = on_progress
         self._token = secrets.token_hex(16)
         self._watch = Stopwatch()
@@ -90,7 +90,8 @@ class Session:
         self._verified: dict[bytes, wire.Verified] = {}
         self._committed: dict[bytes, wire.Committed] = {}
         self._sent: dict[bytes, wire.Sent] = {}
-        self._rings: tuple[wire.RingOffer, ...] = ()
+        self._rings: Rings = ()
+        self._ranks = Ranks(hellos={}, host_of=())
 
     def run(self) -> UpdateReport:
         """The whole way.
@@ -106,7 +107,7 @@ class Session:
             plan = self._move_engines(manifest)
         return self._report(manifest, plan)
 
-    def _move_engines(self, manifest: Manifest) -> Plan:
+    def _move_engines(self, manifest: Manifest) -> FleetPlan:
         """From the pause to the resume."""
         try:
             self._pause()
@@ -119,7 +120,7 @@ class Session:
                 raise aborted from error
         self.plan = plan
         if not any(answer.stats.learned for answer in self._verified.values()):  # else rings are as asked for again
-            self.known_plan = KnownPlan(plan=plan, ranks=rank_keys(self._hellos), asked=self._terms(manifest).asked)
+            self.known_plan = KnownPlan(plan=plan, ranks=self._ranks.keys, asked=self._terms(manifest).asked)
         self._serve()
         return plan
 
@@ -135,7 +136,7 @@ class Session:
         self._version = self._version or version_digest(manifest).removeprefix("structure-")[:12]
         return manifest
 
-    def _open_rings(self, manifest: Manifest) -> tuple[wire.RingOffer, ...]:
+    def _open_rings(self, manifest: Manifest) -> Rings:
         """Before the pause: a device's memory is asked for while engines still serve."""
         size_bytes, _ = self._config.ring_for(self._fleet.device_kind())
         if self._known_plan is not None and self._known_plan.plan.structure_digest == manifest.structure_digest:
@@ -161,12 +162,14 @@ class Session:
         with self._watch.stage(Stage.ATTACH):
             self._agents.check_alive()
             self._talk.listen_to(self._token)
-            self._talk.watches.append(self._fleet.check_attached)
+            self._talk.watches += [self._fleet.check_attached, self._agents.check_replaced]
             self._fleet.attach(self._rendezvous)
             timeout_s = self._config.attach_timeout_s
             self._talk.admit(wire.RankHello, count, timeout_s=timeout_s, who="rank", into=self._hellos)
             self._hellos = dict(sorted(self._hellos.items(), key=lambda item: _order(item[1])))
             self._check_ranks()
+            host_of = [self._agents.host_of(hello.process, self._name(hello)) for hello in self._hellos.values()]
+            self._ranks = Ranks(hellos=self._hellos, host_of=tuple(host_of))
             for peer, hello in self._hellos.items():
                 self._talk.introduce(peer, hello.process, self._name(hello))
         self._move(SessionState.ATTACHED)
@@ -198,11 +201,11 @@ class Session:
             device_kind=self._fleet.device_kind(),
         )
 
-    def _agree(self, manifest: Manifest) -> Plan:
+    def _agree(self, manifest: Manifest) -> FleetPlan:
         terms = self._terms(manifest)
-        agreement = Agreement(self._talk, self._agents, self._rings, self._hellos, terms, name=self._name)
+        agreement = Agreement(self._talk, self._agents, self._rings, self._ranks, terms, name=self._name)
         known = self._known_plan
-        if known is not None and known.fits(terms, self._hellos, self._rings):
+        if known is not None and known.fits(terms, self._ranks, self._rings):
             with self._watch.stage(Stage.PLAN):
                 agreement.agree_on_known(known.plan)
             return known.plan
@@ -211,10 +214,10 @@ class Session:
         with self._watch.stage(Stage.PLAN):
             return agreement.agree_on_new(layouts)
 
-    def _transfer(self, plan: Plan) -> None:
+    def _transfer(self, plan: FleetPlan) -> None:
         self._move(SessionState.LOADING)
         with self._watch.stage(Stage.TRANSFER):
-            self._follow(Stage.TRANSFER, sum(plan.bytes_needed_by_receiver), {})
+            self._follow(Stage.TRANSFER, plan.needed_bytes, {})
             for peer in self._hellos:
                 self._talk.tell(peer, wire.Begin())
             self._agents.start_sending(timeout_s=self._config.transfer_timeout_s, trace=self._config.trace)
@@ -332,6 +335,7 @@ class Session:
             silence_timeout_s=config.silence_timeout_s,
             lifetime_s=3 * config.attach_timeout_s + config.transfer_timeout_s + 2 * config.commit_timeout_s,
             endpoint_index=endpoint_index,
+            server_key=self._talk.server_key,
         )
 
     def _follow(self, stage: Stage, total: int, done_by_name: dict[str, int]) -> None:
@@ -348,7 +352,7 @@ class Session:
         assert state in NEXT[self.state], f"no way from {self.state} to {state}"
         self.state = state
 
-    def _report(self, manifest: Manifest, plan: Plan) -> UpdateReport:
+    def _report(self, manifest: Manifest, plan: FleetPlan) -> UpdateReport:
         now = time.perf_counter()
         return UpdateReport(
             update_id=self.update_id,

@@ -19,7 +19,7 @@ import numpy as np
 
 from ckpt_core.bucket import Bucket
 from ckpt_core.device import Device, DevicePart, HostBytes, Unlock
-from ckpt_core.errors import ManifestError
+from ckpt_core.errors import ConfigError, ManifestError
 from ckpt_core.layout import Box
 from ckpt_core.manifest import Manifest, content_digest
 from ckpt_core.source import Extent, SourceFile, SourceIndex
@@ -103,18 +103,33 @@ class HostPool:
         88 % of the bus, one of 16 MiB 99 %.
         """
         runs: list[list[int]] = []  # offset in bucket, file, offset in file, size
+        strided: list[tuple[int, HostBytes | DevicePart]] = []
         for piece in bucket.pieces:
             extent = self._extents[manifest.tensors[piece.tensor].name]
+            if piece.box is not None and not piece.box.is_contiguous_in(extent.shape):
+                strided.append((piece.offset_bytes, self._strided(piece.box, extent)))
+                continue
             first = extent.offset_bytes + _first_byte(piece.box, extent)
             if runs and _continues(runs[-1], piece.offset_bytes, extent.file, first):
                 runs[-1][3] += piece.size_bytes
             else:
                 runs.append([piece.offset_bytes, extent.file, first, piece.size_bytes])
-        return [
+        return strided + [
             (offset, self._bytes(file, first, size))
             for run in runs
             for offset, file, first, size in _within_regions(run)
         ]
+
+    def _strided(self, box: Box, extent: Extent) -> HostBytes:
+        """A part that is not contiguous, as a view of the file: shape (..., bytes of a run)."""
+        if extent.file >= len(self._files):
+            raise ConfigError(
+                f"tensor {extent.name!r:.200}: parts of tensors on a GPU cannot go to other hosts; give CPU tensors or files"
+            )
+        runs = box.byte_runs(extent.shape, extent.dtype.itemsize)
+        begin = self._files[extent.file].array[extent.offset_bytes + runs.first_offset_bytes :]
+        shape, strides = (*runs.outer_shape, runs.run_bytes), (*runs.outer_strides_bytes, 1)
+        return np.lib.stride_tricks.as_strided(begin, shape, strides, writeable=False)
 
     def _bytes(self, file: int, first: int, size: int) -> HostBytes | DevicePart:
         if file < len(self._files):
@@ -148,6 +163,10 @@ class HostPool:
             ]
         for file, call in calls:
             file.unlocks.append(call.result())
+
+    def read(self, part: DevicePart) -> HostBytes:
+        """A copy of device memory in host memory."""
+        return self._device.read(part)
 
     def digest(self, name: str) -> str:
         """Content digest of a tensor. Never kept: stores through a mapping change no time stamp of a memory file."""

@@ -16,21 +16,23 @@ from ckpt_core.errors import CkptError, WireError
 from ckpt_core.layout import Layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan
+from ckpt_core.relay import Relay
 from ckpt_core.source import SourceIndex
-from ckpt_core.trace import Track
+from ckpt_core.stats import AgentStats, RankStats
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_MESSAGE_BYTES = 512 << 20  # a plan of a trillion parameters in 140,000 tensors takes some 30 MB
 
 
 class ProcessInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a process runs: enough to see whether two can share memory, and to watch it die."""
+    """Where a process runs: enough to see whether two can share memory or are the same host, and to watch it die."""
 
     boot_id: str
     pid: int
     uid: int
     pid_namespace: str
     ipc_namespace: str
+    net_namespace: str
     host: str
 
 
@@ -66,39 +68,18 @@ class RingSet(msgspec.Struct, frozen=True, kw_only=True):
     receivers: int
 
 
-class RankStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank did in an update. Seconds of wall time, bytes as they lie in the checkpoint.
+class Links(msgspec.Struct, frozen=True, kw_only=True):
+    """How an agent connects to agents of other hosts.
 
     Attributes:
-        replayed_bytes: read by recorded copies, without the engine's loader; of `received_bytes`, which counts whole pieces.
-        recorded_share: of the bytes that the engine's loader takes: those that recorded copies could.
-        learned: its next layout will be another: this update proved what recorded copies can do.
+        agent: its number among those of all hosts.
+        secret: of the update, 32 hex digits.
+        ports: host:port of those it sends to, in the order of its relay's outlets.
     """
 
-    received_bytes: int
-    wait_s: float
-    load_s: float
-    digest_s: float
-    begin_s: float
-    finish_s: float
-    fingerprint_s: float
-    retained_bytes: int
-    digested_bytes: int
-    replayed_bytes: int = 0
-    recorded_share: float = 0.0
-    learned: bool = False
-    ignored: tuple[str, ...] = ()
-    tracks: tuple[Track, ...] = ()
-
-
-class AgentStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one agent did in an update."""
-
-    sent_bytes: int
-    copy_s: float
-    wait_s: float
-    total_s: float
-    tracks: tuple[Track, ...] = ()
+    agent: int
+    secret: str
+    ports: tuple[str, ...]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -224,23 +205,35 @@ class Aborted(Message, frozen=True, kw_only=True):
 
 # -- controller to agents --------------------------------------------------------------------------------------------------
 class Prepare(Message, frozen=True, kw_only=True):
-    """Map the files of this checkpoint and digest these tensors of it."""
+    """Map the files of this checkpoint and digest these tensors of it.
+
+    Attributes:
+        holds: tensors that this agent's host has to read; None for all.
+    """
 
     index: SourceIndex
     digest: tuple[str, ...]
+    holds: tuple[str, ...] | None = None
 
 
 class OpenRing(Message, frozen=True, kw_only=True):
-    """Make a ring of that size for that many readers. An open one stays until all ranks agreed to the new one."""
+    """Make a ring of that size for at most that many readers. An open one stays until all ranks agreed to the new one."""
 
     size_bytes: int
     receivers: int
 
 
 class TakePlan(Message, frozen=True, kw_only=True):
-    """Send by this plan, which must be for the checkpoint you prepared; None for the plan of last time."""
+    """Send by this plan, which must be for the checkpoint you prepared; None for the plan and relay of last time.
+
+    Attributes:
+        relay: what goes between hosts.
+        links: None where there is one host.
+    """
 
     plan: Plan | None
+    relay: Relay | None = None
+    links: Links | None = None
 
 
 class Send(Message, frozen=True, kw_only=True):
@@ -256,10 +249,19 @@ class Stop(Message, frozen=True, kw_only=True):
 
 # -- agents to controller --------------------------------------------------------------------------------------------------
 class AgentHello(Message, frozen=True, kw_only=True):
-    """First word of an agent."""
+    """First word of an agent.
+
+    Attributes:
+        agent, count: which of its host's agents it is, and of how many.
+        address: where agents of other hosts reach it; "" where there are none.
+        nic_gb_s: what its host's network carries, GB/s; 0 where nobody said.
+    """
 
     agent: int
     process: ProcessInfo
+    count: int = 1
+    address: str = ""
+    nic_gb_s: float = 0.0
 
 
 class Prepared(Message, frozen=True, kw_only=True):
@@ -272,9 +274,10 @@ class Prepared(Message, frozen=True, kw_only=True):
 
 
 class RingOpened(Message, frozen=True, kw_only=True):
-    """Answer to OpenRing."""
+    """Answer to OpenRing. `port` is where agents of other hosts connect to, host:port."""
 
     offer: RingOffer
+    port: str = ""
 
 
 class PlanTaken(Message, frozen=True, kw_only=True):

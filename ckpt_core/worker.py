@@ -33,6 +33,7 @@ from ckpt_core.plan import Plan, check_plan
 from ckpt_core.polling import Poller
 from ckpt_core.record.recorded import RecordedModel
 from ckpt_core.ring_maps import RingMaps
+from ckpt_core.stats import RankStats
 from ckpt_core.trace import SpanRecorder, SpanStage, TrackKind
 from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.base import RingReader
@@ -59,12 +60,16 @@ def attach(
         plugin = plugin or plugins.load(engine)
         info: RankInfo = plugin.hook.ckpt_identify(worker=worker)
         rank = info.rank
-        with uncollected(), Line(rendezvous.address, rendezvous.token, rendezvous.silence_timeout_s) as line:
+        with uncollected(), _line(rendezvous) as line:
             outcome, error = _Attachment(worker, plugin, line, info, rendezvous).run()
     except Exception as failure:  # noqa: BLE001 raising into an engine's RPC may desynchronise it for good
         _log.exception("attach failed on rank %d", rank)
         outcome, error = AbortOutcome.UNTOUCHED.value, describe(failure)
     return AttachResult(rank=rank, outcome=outcome, error=error)
+
+
+def _line(rendezvous: Rendezvous) -> Line:
+    return Line(rendezvous.address, rendezvous.token, rendezvous.silence_timeout_s, server_key=rendezvous.server_key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +268,7 @@ class _Attachment:
         self._phase = "verify"
         with tracks.spans.timed(SpanStage.FINGERPRINT):
             print_, fingerprint_s = self._fingerprint(wanted=offer.fingerprint)
-        stats = wire.RankStats(
+        stats = RankStats(
             received_bytes=applier.received_bytes,
             wait_s=wait_s,
             load_s=applier.load_s,

@@ -93,7 +93,9 @@ class CudaBuffer:
         if isinstance(source, DevicePart):
             self._stream.device_to_device(self._pointer + offset_bytes, source.address, source.size)
             return
-        self._stream.host_to_device(self._pointer + offset_bytes, source.ctypes.data, source.size)
+        packed = np.ascontiguousarray(source)
+        # what was packed just now is pageable: the driver has taken it when the call returns
+        self._stream.host_to_device(self._pointer + offset_bytes, packed.ctypes.data, packed.size)
 
     def mark(self) -> Mark:
         """A mark after the copies so far."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ckpt_core.errors import CoverageError
 from ckpt_core.layout import Box, Layout
 from ckpt_core.manifest import Manifest
-from ckpt_core.routing.columns import Ints, ints
+from ckpt_core.routing.columns import Bools, Ints, ints
 
 _NOTHING, _WHOLE, _FIRST_PARTS = 0, 1, 2
 WHOLE = -1
@@ -27,11 +27,13 @@ class ClassNeeds:
         tensors: index in the manifest, any number of times.
         parts: index in `boxes`, or WHOLE.
         boxes: the different slices; models repeat a few.
+        uncut: index of tensors that must come in one piece.
     """
 
     tensors: Ints
     parts: Ints
     boxes: Parts
+    uncut: Ints = field(default_factory=lambda: ints([]))
 
     @classmethod
     def of(cls, layout: Layout, manifest: Manifest) -> ClassNeeds:
@@ -45,7 +47,8 @@ class ClassNeeds:
         parts = [
             WHOLE if entry.box is None else numbers.setdefault(entry.box, len(numbers)) for entry in layout.entries
         ]
-        return cls(tensors=ints(tensors), parts=ints(parts), boxes=tuple(numbers))
+        uncut = [tensor for tensor, entry in zip(tensors, layout.entries, strict=True) if not entry.cut]
+        return cls(tensors=ints(tensors), parts=ints(parts), boxes=tuple(numbers), uncut=ints(uncut))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,7 @@ class Patterns:
         of_tensor: pattern of each tensor; -1 where nobody needs it.
         examples: one tensor of each pattern.
         part_ids: by class and tensor: index in `parts`.
+        uncut: by tensor: whether somebody must have it in one piece, so that everybody gets all of it.
         parts: the different needs of one tensor: no box for nothing; None for the whole.
     """
 
@@ -63,6 +67,7 @@ class Patterns:
     examples: Ints
     part_ids: Ints
     parts: tuple[Parts | None, ...]
+    uncut: Bools
 
     def needed(self, rank_class: int, tensor: int, shape: tuple[int, ...]) -> Parts:
         """Boxes that a class needs of a tensor."""
@@ -80,11 +85,18 @@ def find_patterns(manifest: Manifest, classes: Sequence[ClassNeeds]) -> Patterns
     part_ids = np.stack([_part_ids(needs, len(manifest.tensors), numbers) for needs in classes])
     kinds: dict[object, int] = {}
     kind = ints([kinds.setdefault((meta.shape, meta.dtype), len(kinds)) for meta in manifest.tensors])
-    examples, of_tensor = _distinct(np.vstack([part_ids, kind[None]]))
+    uncut = np.zeros(len(manifest.tensors), dtype=np.bool_)
+    for needs in classes:
+        uncut[needs.uncut] = True
+    examples, of_tensor = _distinct(np.vstack([part_ids, (2 * kind + uncut)[None]]))
     wanted = (part_ids[:, examples] != _NOTHING).any(axis=0)
     renumbered = np.where(wanted, np.cumsum(wanted) - 1, -1)
     found = Patterns(
-        of_tensor=renumbered[of_tensor], examples=examples[wanted], part_ids=part_ids, parts=tuple(numbers)
+        of_tensor=renumbered[of_tensor],
+        examples=examples[wanted],
+        part_ids=part_ids,
+        parts=tuple(numbers),
+        uncut=uncut,
     )
     _check_inside(manifest, found)
     return found

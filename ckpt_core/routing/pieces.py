@@ -44,7 +44,7 @@ class Pieces:
 
 
 def cut_pieces(manifest: Manifest, patterns: Patterns, hosts: HostClasses, order: Ints, *, bucket_bytes: int) -> Pieces:
-    """Cut what hosts need into pieces of at most a quarter of a bucket."""
+    """Cut what hosts need into pieces of at most a quarter of a bucket, but for what must come in one piece."""
     boxes: dict[Box, int] = {}
     sets: dict[int, int] = {}
     rows: list[tuple[int, int, int]] = []
@@ -56,11 +56,14 @@ def cut_pieces(manifest: Manifest, patterns: Patterns, hosts: HostClasses, order
             [box for member in members for box in patterns.needed(member, example, meta.shape)]
             for members in hosts.rank_classes
         ]
-        parts = [
-            (part, mask)
-            for cell, mask in cells(meta.shape, needed)
-            for part in cell.split_rows(most_bytes, meta.dtype.itemsize)
-        ]
+        if patterns.uncut[example]:
+            parts = [(Box.whole(meta.shape), sum(1 << kind for kind, boxes in enumerate(needed) if boxes))]
+        else:
+            parts = [
+                (part, mask)
+                for cell, mask in cells(meta.shape, needed)
+                for part in cell.split_rows(most_bytes, meta.dtype.itemsize)
+            ]
         counts.append(len(parts))
         for part, mask in parts:
             size = part.size * meta.dtype.itemsize
@@ -145,7 +148,8 @@ def _fill(key: Ints, padded: Ints, bucket_bytes: int) -> Ints:
     _, first, group = np.unique(key[by_key], return_index=True, return_inverse=True)
     ends = starts_of(sizes)
     group_bytes = np.diff(ends[np.append(first, len(sizes))])
-    room = max(bucket_bytes - int(sizes.max(initial=0)), 1)
+    # what may not be cut can be larger than a bucket: it must not make the others small
+    room = max(bucket_bytes - int(sizes[sizes <= bucket_bytes // 2].max(initial=0)), 1)
     number = np.maximum(-(-group_bytes // room), 1)
     place = (ends[:-1] - ends[first][group]) * number[group] // np.maximum(group_bytes[group], 1)
     _, filled = np.unique(starts_of(number)[group] + np.minimum(place, number[group] - 1), return_inverse=True)

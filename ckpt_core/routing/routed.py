@@ -119,7 +119,7 @@ def make_routed_plan(
     _check_fits(manifest, classes, topology, bucket_bytes)
     hosts = host_classes(topology)
     patterns = find_patterns(manifest, classes)
-    size = bucket_bytes or _bucket_bytes(manifest, topology)
+    size = bucket_bytes or even_bucket_bytes(manifest, topology)
     order = natural_order(manifest) if order is None else order
     pieces = cut_pieces(manifest, patterns, hosts, order, bucket_bytes=size)
     window = min(STRIPE_BYTES, max(manifest.size_bytes, 1)) * len(topology.holder_sets)
@@ -140,8 +140,8 @@ def make_routed_plan(
     )
 
 
-def _bucket_bytes(manifest: Manifest, topology: Topology) -> int:
-    """Small enough that each lane of a host gets some tens of them."""
+def even_bucket_bytes(manifest: Manifest, topology: Topology) -> int:
+    """Size of a bucket, at most 16 MiB, of which each lane of a host gets some tens."""
     most_lanes = max(int(topology.nics.max()), int(topology.gpus.max()), 1)
     wanted = manifest.size_bytes // (most_lanes * _BUCKETS_PER_LANE)
     return max(ALIGN_BYTES * 4, min(_LARGEST_BUCKET_BYTES, wanted // ALIGN_BYTES * ALIGN_BYTES))

@@ -23,6 +23,7 @@ class HostView:
         sender: host that each comes from; NONE for its own pool.
         nic, gpu: lane that it comes in by, and GPU whose ring it goes to.
         next_host: host that it is forwarded to, over the same NIC.
+        turn: slot of each plus the hosts that it has passed: what they are sorted by.
         sends: buckets that it fills from its pool and sends.
         sends_to, sends_nic: first host of the chain of each, and the NIC.
     """
@@ -33,6 +34,7 @@ class HostView:
     nic: Ints
     gpu: Ints
     next_host: Ints
+    turn: Ints
     sends: Ints
     sends_to: Ints
     sends_nic: Ints
@@ -59,6 +61,7 @@ def of_host(plan: RoutedPlan, host: int) -> HostView:
         nic=np.where(sender != NONE, plan.lanes.nic[buckets, kind], NONE),
         gpu=plan.lanes.gpu[buckets, kind],
         next_host=following,
+        turn=plan.lanes.slot[buckets] + found[comes, 2],
         sends=sends,
         sends_to=ints([int(plan.chain(bucket)[0]) for bucket in sends.tolist()]),
         sends_nic=plan.lanes.owner_nic[sends],

@@ -74,7 +74,11 @@ class SequenceBlock:
     def done(self) -> int:
         """Highest seq that all receivers are done with."""
         lines = range(2, 2 + self._receivers)
-        return min(self._words[line * _WORDS_PER_LINE] for line in lines)
+        return min((self._words[line * _WORDS_PER_LINE] for line in lines), default=self.published)
+
+    def expect(self, receivers: int) -> None:
+        """Only the first so many will read."""
+        self._receivers = receivers
 
     def close(self) -> None:
         """Unmap; whoever made it removes it. Idempotent."""
@@ -119,6 +123,10 @@ class IpcRingWriter:
         if self._timer is not None:
             self._timer.stop(SpanStage.COPY, step.index, step.bucket.size_bytes)
         self._in_flight.append((step.seq, self._buffer.mark()))
+
+    def expect(self, receivers: int) -> None:
+        """Only so many of those that the ring was made for will read it."""
+        self._sequence.expect(receivers)
 
     def advance(self) -> int:
         """Publish every bucket whose copies are complete."""

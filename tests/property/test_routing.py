@@ -44,7 +44,9 @@ def boxes_in(draw, shape):
 def layouts_for(draw, manifest):
     wanted = draw(st.lists(st.sampled_from(manifest.tensors), max_size=10)) if manifest.tensors else []
     return Layout(
-        entries=tuple(LayoutEntry(tensor=meta.name, box=draw(st.none() | boxes_in(meta.shape))) for meta in wanted)
+        entries=tuple(
+            LayoutEntry(tensor=meta.name, box=draw(st.none() | boxes_in(meta.shape)), cut=True) for meta in wanted
+        )
     )
 
 
@@ -263,7 +265,9 @@ def halves(layers):
     needs = []
     for rank in range(16):
         columns = {"b": Box(start=(0, 64 * rank), shape=(512, 64)), "a": Box(start=(32 * rank, 0), shape=(32, 1024))}
-        entries = [LayoutEntry(tensor=m.name, box=columns.get(m.name.rpartition(".")[2])) for m in manifest.tensors]
+        entries = [
+            LayoutEntry(tensor=m.name, box=columns.get(m.name.rpartition(".")[2]), cut=True) for m in manifest.tensors
+        ]
         needs.append(ClassNeeds.of(Layout(entries=tuple(entries)), manifest))
     return manifest, needs
 

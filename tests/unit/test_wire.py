@@ -14,6 +14,7 @@ from ckpt_core.layout import Box, Layout, LayoutEntry, Mismatch, whole_layout
 from ckpt_core.manifest import Manifest, TensorMeta
 from ckpt_core.plan import make_plan
 from ckpt_core.source import Extent, SourceFile, SourceIndex
+from ckpt_core.stats import AgentStats, RankStats
 
 MANIFEST = Manifest(
     tensors=(
@@ -35,7 +36,13 @@ CUT = Layout(
 PLAN = make_plan(MANIFEST, [whole_layout(MANIFEST), CUT], agents=2, ring_bytes=4096, bucket_bytes=1024)
 RING = wire.RingOffer(owner=1, device="cpu", handle="/shm/ring-1", size_bytes=4096, control_path="/shm/control-1")
 PROCESS = wire.ProcessInfo(
-    boot_id="b", pid=1, uid=1000, pid_namespace="pid:[1]", ipc_namespace="ipc:[1]", host="localhost"
+    boot_id="b",
+    pid=1,
+    uid=1000,
+    pid_namespace="pid:[1]",
+    ipc_namespace="ipc:[1]",
+    net_namespace="net:[3]",
+    host="localhost",
 )
 RANK = RankInfo(
     instance_id="i", device_kind=DeviceKind.CUDA, device_index=3, device_uuid="GPU-0", rank=1, world_size=2, tp_size=2
@@ -44,7 +51,7 @@ INDEX = SourceIndex(
     files=(SourceFile(path="/f", size_bytes=8, mtime_ns=2**62, inode=5, device=6),),
     extents=(Extent(name="a", dtype=DType.U8, shape=(8,), file=0, offset_bytes=0, size_bytes=8),),
 )
-RANK_STATS = wire.RankStats(
+RANK_STATS = RankStats(
     received_bytes=2**40,
     wait_s=0.5,
     load_s=1.0,
@@ -56,7 +63,7 @@ RANK_STATS = wire.RankStats(
     digested_bytes=1,
     ignored=("lm_head.weight",),
 )
-AGENT_STATS = wire.AgentStats(sent_bytes=1, copy_s=0.1, wait_s=0.2, total_s=0.3)
+AGENT_STATS = AgentStats(sent_bytes=1, copy_s=0.1, wait_s=0.2, total_s=0.3)
 RINGS = wire.RingSet(offers=(RING, RING), receiver=1, receivers=2)
 OFFER = wire.OfferPlan(
     plan=PLAN,

@@ -1,0 +1,26 @@
+"""Starts the process of an agent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import msgspec
+
+from ckpt_core.agent import AgentConfig
+from ckpt_core.config import child_environment
+from ckpt_core.device import CPU
+
+
+def spawn(config: AgentConfig) -> subprocess.Popen[bytes]:
+    """Start an agent. It ends when its standard input does."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ckpt_core.agent"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=child_environment(visible_gpu=None if config.device == CPU else config.device),
+    )
+    assert child.stdin is not None
+    child.stdin.write(msgspec.json.encode(config) + b"\n")
+    child.stdin.flush()
+    return child

@@ -1,0 +1,294 @@
+"""Connections between agents of different hosts: buckets one after the other over TCP, never waiting, each with its digest.
+
+Who sends what to whom in which order is known on both sides, so that a frame is a length, a digest and the bytes. A
+connection lives for one update: what an aborted one left on the way is gone with it. Bytes are not encrypted (nor are those
+of NCCL or RDMA): a connection is taken only from who knows the update's secret, and a byte that changed is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from hmac import compare_digest
+
+import xxhash
+
+from ckpt_core.errors import PeerLost, RendezvousTimeout, TransportError
+from ckpt_core.relay import Relay
+from ckpt_core.wire import Links
+
+_log = logging.getLogger(__name__)
+_HELLO = struct.Struct("<32sI")  # secret, number of the agent
+_HEAD = struct.Struct("<QQ")  # bytes, xxh3-64 of them
+_AT_ONCE = 4 << 20
+_CONNECT_S = 20.0
+
+
+class Outlet:
+    """The way to one agent: one bucket at a time."""
+
+    def __init__(self, connection: socket.socket, peer: int) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._pending: deque[memoryview] = deque()
+        self.peer = peer
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that it was given is on its way."""
+        return not self._pending
+
+    def fileno(self) -> int:
+        """For select."""
+        return self._connection.fileno()
+
+    def start(self, payload: memoryview, digest: int) -> None:
+        """Begin to send; the payload must stay as it is until the outlet is idle."""
+        self._pending.append(memoryview(_HEAD.pack(len(payload), digest)))
+        if len(payload):
+            self._pending.append(payload)
+
+    def pump(self) -> bool:
+        """Send what the socket takes. Whether it took anything."""
+        moved = False
+        while self._pending:
+            try:
+                sent = self._connection.send(self._pending[0][:_AT_ONCE])
+            except BlockingIOError:
+                return moved
+            except OSError as error:
+                raise _lost(self.peer, error) from error
+            moved = True
+            if sent == len(self._pending[0]):
+                self._pending.popleft()
+            else:
+                self._pending[0] = self._pending[0][sent:]
+        return moved
+
+    def close(self) -> None:
+        """Hang up."""
+        self._pending.clear()
+        self._connection.close()
+
+
+class Inlet:
+    """The way from one agent: filled into the places that it is given, in order."""
+
+    def __init__(self, connection: socket.socket, peer: int) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._head = bytearray()
+        self._digest = 0
+        self._place: memoryview | None = None
+        self._filled = 0
+        self.peer = peer
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has a place to fill."""
+        return self._place is not None
+
+    def fileno(self) -> int:
+        """For select."""
+        return self._connection.fileno()
+
+    def expect(self, place: memoryview) -> None:
+        """The next bucket goes here; it has exactly this size."""
+        self._place, self._filled = place, 0
+        self._head.clear()
+
+    def pump(self) -> tuple[bool, int | None]:
+        """Take what has come. Whether anything had, and the digest of the bucket once it is complete and right.
+
+        Raises:
+            PeerLost: the other end is gone.
+            TransportError: another size than expected, or bytes that are not those that were sent.
+        """
+        moved = False
+        if self._place is None:
+            return False, None
+        try:
+            while len(self._head) < _HEAD.size:
+                self._head += self._checked(self._connection.recv(_HEAD.size - len(self._head)))
+                moved = True
+            size, self._digest = _HEAD.unpack(self._head)
+            if size != len(self._place):
+                raise TransportError(
+                    f"agent {self.peer} sent a bucket of {size} bytes, expected {len(self._place)}; all hosts must follow one "
+                    "plan: install the same ckpt-core on all"
+                )
+            while self._filled < size:
+                got = self._connection.recv_into(self._place[self._filled :], min(size - self._filled, _AT_ONCE))
+                if not got:
+                    self._checked(b"")
+                self._filled += got
+                moved = True
+        except BlockingIOError:
+            return moved, None
+        except OSError as error:
+            raise _lost(self.peer, error) from error
+        return True, self._finish()
+
+    def _finish(self) -> int:
+        assert self._place is not None
+        place, self._place = self._place, None
+        if (found := xxhash.xxh3_64_intdigest(place)) != self._digest:
+            raise TransportError(
+                f"a bucket from agent {self.peer} arrived with digest {found:016x}, sent was {self._digest:016x}: bytes changed on "
+                "the way; update again, and look at the hosts' memory and network if it comes back"
+            )
+        return self._digest
+
+    def _checked(self, data: bytes) -> bytes:
+        if not data:
+            raise _lost(self.peer, None)
+        return data
+
+    def close(self) -> None:
+        """Hang up."""
+        self._place = None
+        self._connection.close()
+
+
+class _Port:
+    """Where agents of other hosts connect to, for one update.
+
+    Args:
+        address: of this host, as the others reach it.
+    """
+
+    def __init__(self, address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listening = socket.create_server((address, 0), family=family, backlog=256)
+        self._listening.setblocking(False)
+        self.address = address
+        self.port: int = self._listening.getsockname()[1]
+
+    def accept(self, secret: bytes, expected: Sequence[int], deadline: float) -> list[Inlet]:
+        """Connections of these agents, in that order.
+
+        Raises:
+            RendezvousTimeout: not all came before `deadline`, by `time.monotonic()`.
+        """
+        found: dict[int, Inlet] = {}
+        while missing := [peer for peer in expected if peer not in found]:
+            left = deadline - time.monotonic()
+            ready, _, _ = select.select([self._listening], [], [], max(left, 0.0))
+            if not ready:
+                for inlet in found.values():
+                    inlet.close()
+                raise RendezvousTimeout(
+                    f"agents {missing} did not connect to {self.address}; do they reach it, and does a firewall let them?"
+                )
+            connection, _ = self._listening.accept()
+            peer = _greeted(connection, secret, deadline)
+            if peer in missing:
+                found[peer] = Inlet(connection, peer)
+            else:
+                connection.close()
+        return [found[peer] for peer in expected]
+
+    def close(self) -> None:
+        """Listen no more. Idempotent."""
+        self._listening.close()
+
+
+class Neighbours:
+    """An agent's connections with agents of other hosts, in one update.
+
+    Args:
+        address: of this host, as the others reach it.
+
+    Attributes:
+        port: where they connect to, host:port.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._port = _Port(address)
+        self.port = f"{address}:{self._port.port}"
+        self._links: Links | None = None
+        self._inlets: list[Inlet] = []
+        self._outlets: list[Outlet] = []
+
+    def connect(self, relay: Relay, links: Links) -> None:
+        """Connect to those that this agent sends to.
+
+        Raises:
+            PeerLost: one does not answer.
+        """
+        deadline = time.monotonic() + _CONNECT_S
+        self._hang_up()
+        self._links = links
+        for peer, address in zip(relay.outlets, links.ports, strict=True):
+            self._outlets.append(connect(address, peer=peer, links=links, deadline=deadline))
+
+    def meet(self, relay: Relay) -> tuple[list[Inlet], list[Outlet]]:
+        """Inlets and outlets of the relay, in its order.
+
+        Raises:
+            RendezvousTimeout: an agent that should send did not connect.
+        """
+        assert self._links is not None, "connect comes first"
+        secret = self._links.secret.encode()
+        self._inlets = self._port.accept(secret, relay.inlets, time.monotonic() + _CONNECT_S)
+        return self._inlets, self._outlets
+
+    def close(self) -> None:
+        """Hang up, and listen no more. Idempotent."""
+        self._hang_up()
+        self._port.close()
+
+    def _hang_up(self) -> None:
+        for inlet in self._inlets:
+            inlet.close()
+        for outlet in self._outlets:
+            outlet.close()
+        self._inlets, self._outlets = [], []
+
+
+def connect(address: str, *, peer: int, links: Links, deadline: float) -> Outlet:
+    """Connect to an agent's port.
+
+    Args:
+        address: host:port.
+        peer: number of that agent.
+
+    Raises:
+        PeerLost: nobody answers there.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        connection = socket.create_connection((host, int(port)), timeout=max(deadline - time.monotonic(), 1e-3))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(_HELLO.pack(links.secret.encode(), links.agent))
+    except OSError as error:
+        raise PeerLost(
+            f"agent {peer} does not answer at {address} ({error}); is its host up, and does a firewall let this one through?"
+        ) from error
+    return Outlet(connection, peer)
+
+
+def _greeted(connection: socket.socket, secret: bytes, deadline: float) -> int:
+    """Number of who knows the secret, else -1."""
+    connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+    with contextlib.suppress(OSError):
+        said = connection.recv(_HELLO.size, socket.MSG_WAITALL)
+        if len(said) == _HELLO.size:
+            claimed, peer = _HELLO.unpack(said)
+            if compare_digest(claimed, secret):
+                return int(peer)
+    _log.warning("turned away a connection that did not know this update's secret")
+    return -1
+
+
+def _lost(peer: int, error: OSError | None) -> PeerLost:
+    why = f" ({error.strerror})" if error is not None else ""
+    return PeerLost(
+        f"the connection to agent {peer} broke{why}: it died, or its host did; look into its log, then update again"
+    )
