@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from ckpt_core import agents as agents_module
-from ckpt_core import wire
+from ckpt_core import process, wire
 from ckpt_core.agent import AgentConfig
 from ckpt_core.agents import AgentGroup
 from ckpt_core.channel import Hub
 from ckpt_core.conversation import Conversation
-from ckpt_core.errors import CkptError, ManifestError, PeerLost
+from ckpt_core.errors import CkptError, ManifestError, PeerLost, TransportError
+from ckpt_core.fleet_plan import FleetPlan
 from ckpt_core.layout import whole_layout
 from ckpt_core.manifest import Manifest, content_digest
 from ckpt_core.plan import make_plan
@@ -66,14 +67,40 @@ def open_rings(group, index, ring_bytes):
     manifest = Manifest.from_index(index, pool.digests)
     layouts = [whole_layout(manifest)] * 3
     plan = make_plan(manifest, layouts, agents=len(group.peers), ring_bytes=ring_bytes, bucket_bytes=4096)
-    offers = group.open_rings(plan.ring_bytes, plan.receivers, timeout_s=WAIT_S)
-    group.tell_plan(plan)
+    (offers,) = group.open_rings(plan.ring_bytes, plan.receivers, timeout_s=WAIT_S)  # of the one host
+    group.tell_plan(FleetPlan(plans=(plan,), host_of=(0, 0, 0)), "0" * 32, known=False)
     return offers
 
 
 def test_agents_share_the_digests(group_of, index):
     pool = group_of(2).prepare(index, digest=True, timeout_s=WAIT_S)
     assert pool.digests == {name: content_digest(bytes([number]) * 1000) for number, name in enumerate("abcde")}
+
+
+def test_agents_take_a_plan_and_the_same_again(group_of, talk, index):
+    group = group_of(2)
+    open_rings(group, index, 4096)
+    first = talk.gather(dict.fromkeys(group.peers, wire.PlanTaken), timeout_s=WAIT_S)
+    manifest = Manifest.from_index(index)
+    plan = make_plan(manifest, [whole_layout(manifest)] * 3, agents=2, ring_bytes=4096, bucket_bytes=4096)
+    assert {reply.digest for reply in first.values()} == {plan.digest}
+    group.tell_plan(FleetPlan(plans=(plan,), host_of=(0, 0, 0)), "0" * 32, known=True)
+    assert talk.gather(dict.fromkeys(group.peers, wire.PlanTaken), timeout_s=WAIT_S) == first
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"boot_id": "elsewhere", "host": "far"}, "runs on host far"),
+        ({"uid": 12345}, "runs as uid 12345"),
+        ({"ipc_namespace": "ipc:[1]"}, "--ipc=host"),
+    ],
+)
+def test_who_cannot_share_memory_has_no_host_here(group_of, changed, says):
+    group = group_of()
+    assert group.host_of(process.current(), "rank 0") == 0
+    with pytest.raises(TransportError, match=f"rank 0 .*{says}"):
+        group.host_of(msgspec.structs.replace(process.current(), **changed), "rank 0")
 
 
 def test_rings_are_made_anew_and_given_back(group_of, index, tmp_path):

@@ -12,6 +12,8 @@ from ckpt_core import cli
 from ckpt_core.manifest import Manifest
 
 OPTIONS = {
+    "agent": ["--address", "--cluster", "--count", "--nic-gb-s"],
+    "cluster": ["--address", "DIRECTORY"],
     "demo": ["--cache", "--generated"],
     "engines": ["--json"],
     "inspect": ["--digest/--no-digest", "--json", "--tensors", "CHECKPOINT"],
@@ -34,13 +36,16 @@ OPTIONS = {
         "--allow-stale-cache",
         "--allow-unexpected",
         "--bucket-mib",
+        "--cluster",
         "--endpoint",
         "--engine",
         "--fingerprint/--no-fingerprint",
+        "--hosts",
         "--json",
         "--metrics-file",
         "--pause-mode",
         "--pause-timeout-s",
+        "--reading",
         "--replay/--no-replay",
         "--ring-mib",
         "--timeout-s",

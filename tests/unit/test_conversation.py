@@ -18,7 +18,6 @@ from ckpt_core.errors import (
     PeerLost,
     RendezvousTimeout,
     TransferTimeout,
-    TransportError,
 )
 
 WAIT_S = 10.0
@@ -219,21 +218,24 @@ def test_a_forgotten_process_may_die(talk, dial, child):
     assert living in talk.gather({living: wire.RingClosed}, timeout_s=WAIT_S)
 
 
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        ({"boot_id": "elsewhere", "host": "far"}, "runs on host far"),
-        ({"uid": 12345}, "runs as uid 12345"),
-        ({"ipc_namespace": "ipc:[1]"}, "--ipc=host"),
-    ],
-)
-def test_who_cannot_share_memory_is_refused_with_the_mend(talk, dial, changed, says):
-    line = dial()
-    info = msgspec.structs.replace(process.current(), **changed)
-    line.send(wire.AgentHello(agent=0, process=info))
-    (peer,) = talk.admit(wire.AgentHello, 1, timeout_s=WAIT_S, who="rank")
-    with pytest.raises(TransportError, match=says):
-        talk.introduce(peer, info, "rank 0")
+def test_a_process_on_another_host_is_not_watched_as_one_of_this(talk, dial, child):
+    """Its number may be that of another process here: only the deadline tells."""
+    elsewhere = msgspec.structs.replace(of(child), boot_id="elsewhere", host="far")
+    child.kill()
+    child.wait()
+    peer, line = admit(talk, dial, info=elsewhere)
+    line.send(wire.RingClosed())
+    assert peer in talk.gather({peer: wire.RingClosed}, timeout_s=WAIT_S)
+
+
+def test_agents_are_known_whether_or_not_anybody_waited_for_them(talk, dial):
+    hello = wire.AgentHello(agent=3, process=process.current(), count=4, address="10.0.0.1")
+    dial().send(hello)
+    talk.idle_until(lambda: bool(talk.agents), timeout_s=WAIT_S)
+    ((peer, known),) = talk.agents.items()
+    assert known == hello
+    talk.dismiss([peer])
+    assert talk.agents == {}
 
 
 @pytest.mark.parametrize(

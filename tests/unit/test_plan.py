@@ -200,15 +200,50 @@ def test_unsafe_plans_are_refused(what, bad_plan):
         check_plan(bad_plan(), GIVEN)
 
 
-@pytest.mark.parametrize("size_bytes", [32, -1])
-def test_a_part_that_is_not_contiguous_is_refused(size_bytes):
-    given = Manifest(tensors=(TensorMeta(name="a", dtype=DType.U8, shape=(8, 8)),))
-    plan = plan_of(given, [tensors("a")])
-    (step,) = plan.steps
-    piece = altered(step.bucket.pieces[0], box=Box(start=(0, 0), shape=(8, 4)), size_bytes=size_bytes)
-    bad = replace(plan, steps=(altered(step, bucket=altered(step.bucket, pieces=(piece,))),))
-    with pytest.raises(PlanError, match="contiguous"):
-        check_plan(bad, given)
+SQUARE = Manifest(tensors=(TensorMeta(name="a", dtype=DType.U8, shape=(8, 8)),))
+LEFT, RIGHT = (Box(start=(0, first), shape=(8, 4)) for first in (0, 4))
+
+
+def in_parts(*boxes, size_bytes=None):
+    """A plan that sends these parts of a square, one bucket each."""
+    (step,) = plan_of(SQUARE, [tensors("a")]).steps
+    steps = []
+    for index, box in enumerate(boxes):
+        size = box.size if size_bytes is None else size_bytes
+        piece = altered(step.bucket.pieces[0], box=box, size_bytes=size)
+        bucket = Bucket(index=index, size_bytes=256, pieces=(piece,))
+        steps.append(altered(step, index=index, bucket=bucket, seq=index + 1, ring_offset_bytes=256 * index))
+    return replace(plan_of(SQUARE, [tensors("a")]), steps=tuple(steps))
+
+
+def test_parts_that_are_not_contiguous_travel_packed():
+    check_plan(in_parts(LEFT, RIGHT), SQUARE, {0: Wanted(SQUARE, tensors("a"))})
+    with pytest.raises(PlanError, match="tensor 'a' for receiver 0"):
+        check_plan(in_parts(LEFT), SQUARE, {0: Wanted(SQUARE, tensors("a"))})
+
+
+@pytest.mark.parametrize("size_bytes", [31, 33, 64, 0, -1])
+def test_a_packed_part_of_another_size_is_refused(size_bytes):
+    with pytest.raises(PlanError, match="a part of U8"):
+        check_plan(in_parts(LEFT, size_bytes=size_bytes), SQUARE)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        LEFT,
+        Box(start=(0, 3), shape=(8, 4)),
+        Box(start=(7, 0), shape=(1, 1)),
+        Box(start=(2, 0), shape=(3, 8)),
+        Box(start=(0, 0), shape=(8, 8)),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_parts_that_overlap_are_refused(other, place):
+    boxes = [RIGHT, LEFT]
+    boxes.insert(place, other)
+    with pytest.raises(PlanError, match="tensor 'a': expected every byte once"):
+        check_plan(in_parts(*boxes), SQUARE)
 
 
 def test_a_receiver_that_would_miss_bytes_is_found():

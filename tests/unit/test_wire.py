@@ -13,6 +13,7 @@ from ckpt_core.errors import WireError
 from ckpt_core.layout import Box, Layout, LayoutEntry, Mismatch, whole_layout
 from ckpt_core.manifest import Manifest, TensorMeta
 from ckpt_core.plan import make_plan
+from ckpt_core.relay import Arrival, Departure, Relay
 from ckpt_core.source import Extent, SourceFile, SourceIndex
 from ckpt_core.stats import AgentStats, RankStats
 
@@ -63,7 +64,17 @@ RANK_STATS = RankStats(
     digested_bytes=1,
     ignored=("lm_head.weight",),
 )
-AGENT_STATS = AgentStats(sent_bytes=1, copy_s=0.1, wait_s=0.2, total_s=0.3)
+AGENT_STATS = AgentStats(
+    sent_bytes=1, copy_s=0.1, wait_s=0.2, total_s=0.3, network_in_bytes=2**40, network_out_bytes=2**41
+)
+RELAY = Relay(
+    inlets=(3,),
+    outlets=(4, 5),
+    arrivals=(Arrival(seq=1, inlet=0), Arrival(seq=3, inlet=0)),
+    departures=(Departure(outlet=0, bucket=PLAN.steps[0].bucket), Departure(outlet=1, seq=3)),
+    slots=2,
+)
+LINKS = wire.Links(agent=2, secret="0" * 32, ports=("10.0.0.2:1", "[::1]:2"))
 RINGS = wire.RingSet(offers=(RING, RING), receiver=1, receivers=2)
 OFFER = wire.OfferPlan(
     plan=PLAN,
@@ -92,14 +103,14 @@ SAMPLES = (
     wire.Verified(stats=RANK_STATS, fingerprint="f"),
     wire.Committed(),
     wire.Aborted(outcome=AbortOutcome.RELOADABLE),
-    wire.Prepare(index=INDEX, digest=("a",)),
+    wire.Prepare(index=INDEX, digest=("a",), holds=("a",)),
     wire.OpenRing(size_bytes=1 << 20, receivers=3),
-    wire.TakePlan(plan=PLAN),
+    wire.TakePlan(plan=PLAN, relay=RELAY, links=LINKS),
     wire.Send(timeout_s=1.5),
     wire.Stop(),
-    wire.AgentHello(agent=0, process=PROCESS),
+    wire.AgentHello(agent=1, process=PROCESS, count=2, address="10.0.0.1", nic_gb_s=50.0),
     wire.Prepared(digests={"a": "0" * 32}, digest_s=0.1, locked_bytes=8, lock_s=0.2),
-    wire.RingOpened(offer=RING),
+    wire.RingOpened(offer=RING, port="10.0.0.1:4711"),
     wire.PlanTaken(digest=PLAN.digest),
     wire.Sent(stats=AGENT_STATS),
     wire.RingClosed(),

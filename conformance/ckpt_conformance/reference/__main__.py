@@ -24,7 +24,7 @@ from ckpt_conformance.reference.scheduler import Scheduler
 from ckpt_conformance.reference.server import Server
 from ckpt_conformance.reference.text import TextCodec
 from ckpt_core.contract import DeviceKind
-from ckpt_core.errors import CkptError
+from ckpt_core.errors import CkptError, ConfigError
 
 _HTTP_STOP_TIMEOUT_S = 5
 
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace, config: ModelConfig) -> int:
     config.check_tp(options.tp)
+    if options.nodes < 1 or options.tp % options.nodes:
+        raise ConfigError(f"--tp {options.tp} ranks cannot be on --nodes {options.nodes} evenly")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -123,6 +125,9 @@ def _pool_options(options: argparse.Namespace) -> RankPoolOptions:
         threads=options.threads,
         start_timeout_s=options.start_timeout_s,
         step_timeout_s=options.step_timeout_s,
+        nodes=options.nodes,
+        node_address=options.host if options.nodes > 1 else "127.0.0.1",
+        node_port=options.nodes_port,
     )
 
 
@@ -133,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tp", type=int, default=1, help="tensor parallel degree: one rank process each")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=0, help="0 takes a free one")
+    add("--nodes", type=int, default=1, help="hosts that the ranks are on; see ckpt_conformance.reference.nodes")
+    add("--nodes-port", type=int, default=0, help="where nodes of the other hosts connect to, at --host")
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights, no file is read")
     add("--wait-for-weights", action="store_true", help="no token before the first committed update")
     add("--seed", type=int, default=0, help="of dummy weights")

@@ -28,6 +28,9 @@ class ReferenceServer:
 
     Also when this process is killed: the server ends with its standard input, the ranks with the server.
 
+    Args:
+        prefix: command that runs it, such as `ip netns exec NAME`.
+
     Attributes:
         url: where it serves.
         pid: of the server.
@@ -47,7 +50,9 @@ class ReferenceServer:
         version: str = "",
         extra: Sequence[str] = (),
         start_timeout_s: float = 90.0,
+        prefix: Sequence[str] = (),
     ) -> None:
+        self._prefix = tuple(prefix)
         self._arguments = [
             str(model_dir),
             f"--tp={tp}",
@@ -78,7 +83,14 @@ class ReferenceServer:
         with ExitStack() as stack:
             self._log: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ckpt_conformance.reference", "--exit-with-stdin", *self._arguments],
+                [
+                    *self._prefix,
+                    sys.executable,
+                    "-m",
+                    "ckpt_conformance.reference",
+                    "--exit-with-stdin",
+                    *self._arguments,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,

@@ -43,6 +43,8 @@ class RankPoolOptions:
         start_timeout_s: until every rank has loaded its weights.
         step_timeout_s: deadline of any command but attach, and of a collective.
         attach_timeout_s: deadline of attach; the ranks have shorter ones of their own inside.
+        nodes: hosts that the ranks are on, evenly.
+        node_address, node_port: where the other hosts' nodes connect to.
     """
 
     model_dir: str
@@ -54,6 +56,14 @@ class RankPoolOptions:
     start_timeout_s: float = 300.0
     step_timeout_s: float = 120.0
     attach_timeout_s: float = 3600.0
+    nodes: int = 1
+    node_address: str = "127.0.0.1"
+    node_port: int = 0
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks on each host; the first are the server's own."""
+        return self.tp_size // self.nodes
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +72,8 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         pipe_fd: inherited socket to the server.
         store_fd: inherited listening socket of the ranks' rendezvous, for rank 0; else -1.
-        exchange_fd: inherited shared memory of the ranks' small collectives; -1 with a single rank.
-        store_port: where it listens on loopback; 0 with a single rank.
+        exchange_fd: inherited shared memory of the ranks' small collectives; -1 with a single rank, or several hosts.
+        store_host, store_port: where it listens; port 0 with a single rank.
     """
 
     pool: RankPoolOptions
@@ -71,5 +81,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     pipe_fd: int
     store_fd: int
     exchange_fd: int
+    store_host: str
     store_port: int
     parent_pid: int

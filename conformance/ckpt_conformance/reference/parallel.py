@@ -50,16 +50,16 @@ class TpGroup:
         return torch.cat(parts, dim=-1).to(part.device)
 
 
-def open_store(port: int, *, listen_fd: int, timeout_s: float) -> TCPStore:
-    """The ranks' rendezvous on loopback, without files.
+def open_store(host: str, port: int, *, listen_fd: int, timeout_s: float) -> TCPStore:
+    """The ranks' rendezvous, without files.
 
     Args:
-        port: where it listens.
+        host, port: where it listens.
         listen_fd: the listening socket, for the rank that hosts it; else -1.
         timeout_s: for the others to come.
     """
     return TCPStore(
-        "127.0.0.1",
+        host,
         port,
         is_master=listen_fd >= 0,
         wait_for_workers=False,

@@ -124,9 +124,11 @@ def _join(spec: RankSpec) -> TpGroup:
     size, timeout_s = spec.pool.tp_size, spec.pool.step_timeout_s
     if size == 1:
         return TpGroup()
-    store = open_store(spec.store_port, listen_fd=spec.store_fd, timeout_s=timeout_s)
-    exchange = Exchange(spec.exchange_fd, rank=spec.rank, size=size, timeout_s=timeout_s)
-    os.close(spec.exchange_fd)  # mapped now
+    store = open_store(spec.store_host, spec.store_port, listen_fd=spec.store_fd, timeout_s=timeout_s)
+    exchange = None
+    if spec.exchange_fd >= 0:
+        exchange = Exchange(spec.exchange_fd, rank=spec.rank, size=size, timeout_s=timeout_s)
+        os.close(spec.exchange_fd)  # mapped now
     return join_group(store, rank=spec.rank, size=size, timeout_s=timeout_s, exchange=exchange)
 
 

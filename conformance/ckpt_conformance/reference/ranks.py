@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -14,8 +13,8 @@ from multiprocessing.connection import Connection, wait
 import msgspec
 
 from ckpt_conformance.reference.messages import Command, Exit, Reply
+from ckpt_conformance.reference.nodes import NodeListener, interface_of, start_rank
 from ckpt_conformance.reference.options import RankPoolOptions, RankSpec
-from ckpt_core.config import child_environment
 from ckpt_core.errors import EngineError, EngineStateError, PeerLost
 
 _EXIT_TIMEOUT_S = 2.0
@@ -31,19 +30,24 @@ class RankPool:
     def __init__(self, options: RankPoolOptions) -> None:
         self.options = options
         self._pipes: list[Connection] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []  # of this host's ranks, which are the first
+        self._nodes: NodeListener | None = None
         with ExitStack() as stack:
             listener, exchange_fd = None, -1
+            if options.nodes > 1:
+                self._nodes = NodeListener(options.node_address, options.node_port)
             if options.tp_size > 1:
-                listener = stack.enter_context(_loopback_listener())
+                listener = stack.enter_context(_listener(options.node_address))
+            if options.tp_size > 1 and options.nodes == 1:
                 exchange_fd = os.memfd_create("tp-exchange")
                 stack.callback(os.close, exchange_fd)
-            for rank in range(options.tp_size):
+            self._store_port = listener.getsockname()[1] if listener is not None else 0
+            for rank in range(options.local_ranks):
                 self._spawn(rank, listener, exchange_fd)
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Process ids, by rank."""
+        """Process ids of this host's ranks."""
         return tuple(process.pid for process in self._processes)
 
     @property
@@ -56,7 +60,14 @@ class RankPool:
 
         Raises:
             EngineError: a rank could not start.
+            RendezvousTimeout: a node did not come.
         """
+        if self._nodes is not None:
+            for rank in range(self.options.local_ranks, self.options.tp_size):
+                pipe = self._nodes.accept(self.options.start_timeout_s)
+                pipe.send_bytes(msgspec.json.encode(self._spec(rank, pipe_fd=-1, store_fd=-1, exchange_fd=-1)))
+                self._pipes.append(pipe)
+            self._nodes.close()
         return self._accept(self._gather(self.options.start_timeout_s))
 
     def call(self, command: Command, *, timeout_s: float = 0.0) -> list[Reply]:
@@ -100,6 +111,8 @@ class RankPool:
         self.kill()
         for pipe in self._pipes:
             pipe.close()
+        if self._nodes is not None:
+            self._nodes.close()
 
     def kill(self) -> None:
         """Kill all ranks at once; any thread may do so. Calls in progress end with PeerLost."""
@@ -111,29 +124,25 @@ class RankPool:
     def _spawn(self, rank: int, listener: socket.socket | None, exchange_fd: int) -> None:
         ours, theirs = socket.socketpair()
         store_fd = listener.fileno() if listener is not None and rank == 0 else -1
-        options = self.options
-        spec = RankSpec(
-            pool=options,
-            rank=rank,
-            pipe_fd=theirs.fileno(),
-            store_fd=store_fd,
-            exchange_fd=exchange_fd,
-            store_port=listener.getsockname()[1] if listener is not None else 0,
-            parent_pid=os.getpid(),
-        )
-        # gloo would resolve the host's name, and listen on whatever that is
-        environment = {**child_environment(), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(options.threads)}
-        command = [sys.executable, "-m", "ckpt_conformance.reference.rank_process"]
         with theirs:
-            process = subprocess.Popen(
-                [*command, msgspec.json.encode(spec).decode()],
-                pass_fds=[fd for fd in (theirs.fileno(), exchange_fd, store_fd) if fd >= 0],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=environment,
-            )
+            spec = self._spec(rank, pipe_fd=theirs.fileno(), store_fd=store_fd, exchange_fd=exchange_fd)
+            inherited = [fd for fd in (theirs.fileno(), exchange_fd, store_fd) if fd >= 0]
+            interface = interface_of(self.options.node_address) if self.options.nodes > 1 else "lo"
+            process = start_rank(spec, interface=interface, inherited=inherited)
         self._processes.append(process)
         self._pipes.append(Connection(ours.detach()))
+
+    def _spec(self, rank: int, *, pipe_fd: int, store_fd: int, exchange_fd: int) -> RankSpec:
+        return RankSpec(
+            pool=self.options,
+            rank=rank,
+            pipe_fd=pipe_fd,
+            store_fd=store_fd,
+            exchange_fd=exchange_fd,
+            store_host=self.options.node_address,
+            store_port=self._store_port,
+            parent_pid=os.getpid(),
+        )
 
     def _gather(self, timeout_s: float) -> list[Reply]:
         deadline = time.monotonic() + timeout_s
@@ -167,6 +176,8 @@ class RankPool:
         return [rank for rank in range(len(self._pipes)) if rank not in replies]
 
     def _lost(self, rank: int) -> PeerLost:
+        if rank >= len(self._processes):
+            return PeerLost(f"rank {rank}, on another host, is gone; look into its node's log, and restart the engine")
         process = self._processes[rank]
         try:
             code: int | None = process.wait(_EXIT_TIMEOUT_S)  # its pipe closes a moment before it ends
@@ -179,8 +190,8 @@ def _unique(texts: Iterator[str]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def _loopback_listener() -> socket.socket:
+def _listener(address: str) -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind(("127.0.0.1", 0))
+    listener.bind((address, 0))
     listener.listen(128)
     return listener
