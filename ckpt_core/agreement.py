@@ -161,6 +161,7 @@ class Agreement:
                 self._agents.members,
                 ring_bytes=ring_bytes,
                 bucket_bytes=bucket_bytes,
+                uncut=not self._terms.asked[1],
             )
         agents = len(self._agents.peers)
         plan = make_plan(manifest, layouts, agents=agents, ring_bytes=ring_bytes, bucket_bytes=bucket_bytes)

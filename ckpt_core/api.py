@@ -112,11 +112,11 @@ class Updater:
         self._staged: SourceIndex | None = None
 
     def __enter__(self) -> Updater:
-        self._sockets = private_directory(self._environment.socket_root, "ckpt-")
-        self._exit.callback(remove_directory, self._sockets)
-        self._memory = private_directory(self._environment.memory_root, "ckpt-")
-        self._exit.callback(remove_directory, self._memory)
-        self._hub = Hub(self._sockets, self._cluster.key if self._cluster is not None else None)
+        if self._cluster is None:
+            self._hub = Hub(self._sockets)
+            self._memory  # noqa: B018 made now, so that it goes last
+        else:
+            self._hub = Hub(cluster=self._cluster.key)
         self._exit.callback(self._hub.close)
         self._talk = Conversation(self._hub, ping_every_s=self._config.silence_timeout_s / 5)
         self._exit.callback(self._talk.close)
@@ -127,6 +127,20 @@ class Updater:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
+
+    @cached_property
+    def _sockets(self) -> Path:
+        return self._directory(self._environment.socket_root)
+
+    @cached_property
+    def _memory(self) -> Path:
+        return self._directory(self._environment.memory_root)
+
+    def _directory(self, root: Path) -> Path:
+        """Made when it is needed: with agents of a cluster nobody removes it if this process is killed."""
+        made = private_directory(root, "ckpt-")
+        self._exit.callback(remove_directory, made)
+        return made
 
     @property
     def agent_pids(self) -> tuple[int, ...]:

@@ -32,17 +32,17 @@ class Hub:
 
     Args:
         directory: a 0700 directory for the unix socket.
-        cluster: listen to other hosts, too.
+        cluster: listen at its address instead.
 
     Attributes:
-        address: where peers dial in: the cluster's, where there is one.
+        address: where peers dial in.
         server_key: what they need for it; "" on one host.
 
     Raises:
         ConfigError: the cluster's address cannot be listened on.
     """
 
-    def __init__(self, directory: Path, cluster: ClusterKey | None = None) -> None:
+    def __init__(self, directory: Path | None = None, *, cluster: ClusterKey | None = None) -> None:
         self.address = f"ipc://{directory}/control" if cluster is None else cluster.address
         self.server_key = "" if cluster is None else cluster.server_key
         self._tokens: set[str] = set()
@@ -151,6 +151,7 @@ class Line:
     ) -> None:
         if self._events is not None:
             self._socket.disable_monitor()
+            self._events.close()  # else the context waits for it for ever
         self._socket.close()
         self._context.term()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import msgspec
@@ -52,6 +52,11 @@ class FleetPlan:
     def plan_of(self, rank: int) -> Plan:
         """That the rank follows."""
         return self.plans[self.host_of[rank]]
+
+    @property
+    def lacked_bytes(self) -> tuple[int, ...]:
+        """By host: what its ranks need and it does not hold; empty where there is one host."""
+        return () if self.routed is None else tuple(self.routed.demand.lacks_bytes.tolist())
 
     @property
     def structure_digest(self) -> str:
@@ -122,6 +127,7 @@ def several_hosts(
     *,
     ring_bytes: int,
     bucket_bytes: int,
+    uncut: bool = False,
 ) -> FleetPlan:
     """Plan an update of ranks on several hosts: each byte that a host's ranks need enters the host once.
 
@@ -129,10 +135,13 @@ def several_hosts(
         layouts, host_of: by rank.
         ring_bytes: size of each ring; grows to the largest bucket.
         bucket_bytes: size of a bucket at most, where a tensor may be cut.
+        uncut: cut none: the parts of one tensor come in any order, and its digest needs them one behind the other.
     """
     classes: dict[bytes, int] = {}
     rank_class = [classes.setdefault(msgspec.msgpack.encode(layout.entries), len(classes)) for layout in layouts]
     needs = [ClassNeeds.of(layouts[rank_class.index(number)], manifest) for number in range(len(classes))]
+    if uncut:
+        needs = [replace(need, uncut=need.tensors) for need in needs]
     topology = _topology(host_of, rank_class, hosts)
     routed = make_routed_plan(
         manifest, needs, topology, bucket_bytes=min(bucket_bytes, even_bucket_bytes(manifest, topology))

@@ -49,6 +49,21 @@ class RankReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostReport:
+    """One host of a cluster.
+
+    Attributes:
+        lacked_bytes: what its ranks needed and it did not read itself, each byte once.
+        network_in_bytes, network_out_bytes: what came from other hosts, and went to them.
+    """
+
+    name: str
+    lacked_bytes: int
+    network_in_bytes: int
+    network_out_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
     """One update.
 
@@ -60,6 +75,7 @@ class UpdateReport:
         verified: level of verification that every rank passed.
         in_flight: requests that the pause met and which weights made their tokens, by engine.
         predicted: the transfer as the cost model has it, by the lane speeds of `ckpt limits`; None where those were never measured.
+        hosts: what went between hosts; empty where there is one.
         tracks: what happened when, where a trace was asked for.
         digest_s, locked_bytes, lock_s: within PREPARE: digests of the checkpoint, and new page locks of the host pool.
     """
@@ -83,6 +99,7 @@ class UpdateReport:
     ranks: tuple[RankReport, ...]
     agents: tuple[AgentStats, ...]
     predicted: Prediction | None = None
+    hosts: tuple[HostReport, ...] = ()
     tracks: tuple[Track, ...] = ()
 
     @property

@@ -25,8 +25,8 @@ def human_bytes(count: float) -> str:
 
 
 def report_tables(report: UpdateReport) -> list[Table]:
-    """Summary with stages, and ranks."""
-    return [_summary(report), _ranks(report)]
+    """Summary with stages, ranks, and hosts where there are several."""
+    return [_summary(report), _ranks(report), *([_hosts(report)] if report.hosts else [])]
 
 
 def _summary(report: UpdateReport) -> Table:
@@ -40,12 +40,27 @@ def _summary(report: UpdateReport) -> Table:
         *(("in flight", _met(met)) for met in report.in_flight),
         ("transfer", f"{report.transfer_gb_s:.2f} GB/s with a ring of {human_bytes(report.ring_bytes)} per agent"),
         *([("predicted", _predicted(report, report.predicted))] if report.predicted is not None else []),
-        ("verified", report.verified),
+        ("verified", _verified(report)),
     ):
         table.add_row(name, escape(value))
     table.add_section()
     for stage, seconds in report.stages.items():
         table.add_row(stage, f"{seconds:.3f} s")
+    return table
+
+
+def _verified(report: UpdateReport) -> str:
+    return f"{report.verified}; between hosts each bucket by its digest" if report.hosts else report.verified
+
+
+def _hosts(report: UpdateReport) -> Table:
+    table = Table(title="hosts: what went between them")
+    table.add_column("host", no_wrap=True)
+    for name in ("lacked", "came in", "went out"):
+        table.add_column(name, justify="right")
+    for host in report.hosts:
+        sizes = (host.lacked_bytes, host.network_in_bytes, host.network_out_bytes)
+        table.add_row(escape(host.name), *map(human_bytes, sizes))
     return table
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
 import msgspec
 
 from ckpt_core import process, wire
+from ckpt_core.agent_peers import AgentHost
 from ckpt_core.endpoint import Endpoint
-from ckpt_core.metrics import RankReport, Stopwatch
+from ckpt_core.fleet_plan import FleetPlan
+from ckpt_core.metrics import HostReport, RankReport, Stopwatch
 from ckpt_core.trace import Lane, Track, TrackKind
 
 
@@ -26,8 +31,30 @@ def rank_report(
     )
 
 
-def controller_tracks(watch: Stopwatch) -> tuple[Track, ...]:
-    """The stages of the update, as the controller's own track."""
+def host_reports(
+    hosts: Sequence[AgentHost], plan: FleetPlan, sent: Mapping[bytes, wire.Sent]
+) -> tuple[HostReport, ...]:
+    """What went between hosts."""
+    return tuple(
+        HostReport(
+            name=host.name,
+            lacked_bytes=lacked,
+            network_in_bytes=sum(sent[peer].stats.network_in_bytes for peer in host.peers),
+            network_out_bytes=sum(sent[peer].stats.network_out_bytes for peer in host.peers),
+        )
+        for host, lacked in zip(hosts, plan.lacked_bytes, strict=False)  # none of a plan of one host
+    )
+
+
+def tracks_of(watch: Stopwatch, sent: Iterable[wire.Sent], verified: Mapping[str, wire.Verified]) -> tuple[Track, ...]:
+    """The controller's own track, those of agents, and those of ranks by their names."""
+    agents = [track for answer in sent for track in answer.stats.tracks]
+    ranks = [replace(track, name=name) for name, answer in verified.items() for track in answer.stats.tracks]
+    return (*_controller_tracks(watch), *agents, *ranks)
+
+
+def _controller_tracks(watch: Stopwatch) -> tuple[Track, ...]:
+    """The stages of the update."""
     here = process.current()
     return (
         Track(

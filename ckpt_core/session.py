@@ -13,7 +13,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import msgspec
 
@@ -29,7 +28,7 @@ from ckpt_core.fleet_plan import FleetPlan
 from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import Stage, Stopwatch, UpdateReport
 from ckpt_core.outcomes import SAYS, outcomes_by_endpoint, worst
-from ckpt_core.report import controller_tracks, rank_report
+from ckpt_core.report import host_reports, rank_report, tracks_of
 from ckpt_core.source import SourceIndex
 from ckpt_core.states import NEXT, SessionState
 from ckpt_core.trace import Track
@@ -382,17 +381,14 @@ class Session:
                 for peer, hello in self._hellos.items()
             ),
             agents=tuple(msgspec.structs.replace(self._sent[peer].stats, tracks=()) for peer in self._agents.peers),
+            hosts=host_reports(self._agents.hosts, plan, self._sent),
             tracks=self._tracks() if self._config.trace else (),
         )
 
     def _tracks(self) -> tuple[Track, ...]:
-        agents = [track for peer in self._agents.peers for track in self._sent[peer].stats.tracks]
-        ranks = [
-            replace(track, name=self._name(hello))
-            for peer, hello in self._hellos.items()
-            for track in self._verified[peer].stats.tracks
-        ]
-        return (*controller_tracks(self._watch), *agents, *ranks)
+        sent = [self._sent[peer] for peer in self._agents.peers]
+        ranks = {self._name(hello): self._verified[peer] for peer, hello in self._hellos.items()}
+        return tracks_of(self._watch, sent, ranks)
 
 
 def _order(hello: wire.RankHello) -> tuple[int, int]:

@@ -71,6 +71,49 @@ class Strided:
             if index not in inside:
                 yield from self._parts(first, stop, _with(start, d, start[d] + index), _with(size, d, 1))
 
+    def parts_in_box(self, shape: Sequence[int], box: Box) -> Iterator[tuple[Part, Strided]]:
+        """Disjoint parts of all its elements that are in a box of a row-major tensor of that shape.
+
+        With each, the same elements counted from the first of the box, packed row-major.
+        """
+        if 0 in self.size or not box.size:
+            return
+        runs = box.byte_runs(shape, 1)
+        walked = None if runs.count <= 1 else self._walked(shape)
+        if walked is None:
+            for number, first in enumerate(runs.offsets_bytes()):
+                for part in self.parts_within(first, first + runs.run_bytes):
+                    yield part, self.block(part).shifted(number * runs.run_bytes - first)
+            return
+        start, steps = walked
+        packed = row_major(box.shape)
+        low, high = [0] * len(self.size), list(self.size)
+        axes = {d for d, step in steps if step}
+        if any(not box.start[d] <= start[d] < box.stop[d] for d in range(len(shape)) if d not in axes):
+            return
+        for place, (d, step) in enumerate(steps):
+            if step:
+                low[place] = max(0, -((start[d] - box.start[d]) // step))
+                high[place] = min(self.size[place], -((start[d] - box.stop[d]) // step))
+        part = Part(start=tuple(low), size=tuple(map(int.__sub__, high, low)))
+        if min(part.size, default=1) < 1:
+            return
+        reached = list(start)
+        for (d, step), first in zip(steps, low, strict=True):
+            reached[d] += step * first
+        offset = sum((at - begin) * stride for at, begin, stride in zip(reached, box.start, packed, strict=True))
+        yield part, Strided(offset=offset, size=part.size, stride=tuple(step * packed[d] for d, step in steps))
+
+    def _walked(self, shape: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, int]]] | None:
+        """`_digits`, where each dimension of the shape is walked by one dimension at most, and not past its end."""
+        digits = self._digits(shape)
+        if digits is None:
+            return None
+        start, steps = digits
+        axes = [d for d, step in steps if step]
+        inside = all(start[d] + step * (n - 1) < shape[d] for (d, step), n in zip(steps, self.size, strict=True))
+        return digits if inside and len(axes) == len(set(axes)) else None
+
     def box_in(self, shape: Sequence[int]) -> Box:
         """The smallest box of a row-major tensor of that shape that holds all its elements, or the whole tensor."""
         digits = self._digits(shape)

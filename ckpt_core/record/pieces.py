@@ -1,23 +1,22 @@
-"""Where a piece of a bucket lies in its tensor."""
+"""What a recorded copy takes of a piece of a bucket."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ckpt_core.contract import LoadTensor
-from ckpt_core.errors import PlanError
+from ckpt_core.strided import Part, Strided
 
 
-def piece_span(item: LoadTensor, shape: Sequence[int]) -> tuple[int, int]:
-    """First element and number of elements, counted in the checkpoint tensor.
+def taken_of(item: LoadTensor, source: Strided, shape: Sequence[int]) -> Iterator[tuple[Part, Strided]]:
+    """Parts of a region of a checkpoint tensor that a piece has, and where they are in the piece, from its first element.
 
-    Raises:
-        PlanError: it is not one run of elements.
+    Args:
+        item: the piece: of a box of the tensor, row-major.
+        source: the region.
+        shape: of the whole tensor.
     """
-    if item.box is None:
-        return 0, math.prod(shape)
-    runs = item.box.byte_runs(shape, 1)
-    if runs.count > 1:
-        raise PlanError(f"tensor {item.name!r}: expected a part that is contiguous in {list(shape)}, got {item.box}")
-    return runs.first_offset_bytes, runs.run_bytes
+    if item.box is not None:
+        yield from source.parts_in_box(shape, item.box)
+    elif 0 not in source.size:
+        yield Part(start=(0,) * len(source.size), size=source.size), source

@@ -14,7 +14,7 @@ import torch
 from ckpt_core.checksum import add, checksum
 from ckpt_core.contract import LoadTensor
 from ckpt_core.record.components import Component
-from ckpt_core.record.pieces import piece_span
+from ckpt_core.record.pieces import taken_of
 from ckpt_core.record.recording import Fill, Recording
 from ckpt_core.record.watch import named_tensors, sums_of_others
 from ckpt_core.strided import Strided
@@ -71,12 +71,11 @@ class Proof:
         copies = self.recording.copies_of.get(item.name, ())
         if not any(copy.parameter in self._before for copy in copies):
             return
-        first, count = piece_span(item, self.recording.shapes[item.name])
         for copy in copies:
             if copy.parameter not in self._before:
                 continue
-            for part in copy.source.parts_within(first, first + count):
-                source, destination = copy.source.block(part).shifted(-first), copy.destination.block(part)
+            for part, source in taken_of(item, copy.source, self.recording.shapes[item.name]):
+                destination = copy.destination.block(part)
                 values = item.strided(source.size, source.stride, source.offset).view(copy.dtype)
                 self._add(copy.parameter, checksum(values.to(self._dtypes[copy.parameter]), destination))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_core.contract import LoadTensor
-from ckpt_core.record.pieces import piece_span
+from ckpt_core.record.pieces import taken_of
 from ckpt_core.record.recording import Recording
 from ckpt_core.strided import Strided, row_major
 
@@ -80,12 +80,10 @@ class Replay:
         return size_bytes
 
     def _pulls(self, item: LoadTensor) -> list[_Pull]:
-        first, count = piece_span(item, self._recording.shapes[item.name])
         return [
-            _pull(item, copy.source.block(part).shifted(-first), copy.dtype, self._parameters[copy.parameter], where)
+            _pull(item, source, copy.dtype, self._parameters[copy.parameter], copy.destination.block(part))
             for copy in self._recording.copies_of[item.name]
-            for part in copy.source.parts_within(first, first + count)
-            for where in (copy.destination.block(part),)
+            for part, source in taken_of(item, copy.source, self._recording.shapes[item.name])
         ]
 
 

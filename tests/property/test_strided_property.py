@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt_core.layout import Box
 from ckpt_core.strided import Strided, row_major
 
 
@@ -87,3 +88,27 @@ def test_through_a_copy_is_the_same_elements(given_view):
 def test_row_major_strides_are_numpys(shape):
     made = np.empty([max(n, 1) for n in shape], dtype=np.int8)
     assert row_major(shape) == made.strides
+
+
+@st.composite
+def views_and_boxes(draw):
+    shape, array, region = draw(views())
+    start = [draw(st.integers(0, extent - 1)) for extent in shape]
+    size = [draw(st.integers(0, extent - first)) for first, extent in zip(start, shape, strict=True)]
+    return shape, array, region, Box(start=tuple(start), shape=tuple(size))
+
+
+@given(views_and_boxes())
+def test_parts_in_a_box_are_exactly_the_elements_there_once_and_where_the_packed_box_has_them(given_view):
+    shape, array, region, box = given_view
+    whole = np.arange(int(np.prod(shape))).reshape(shape)
+    packed = np.ascontiguousarray(whole[box.slices]).ravel()
+    inside = set(packed.tolist())
+    wanted = {index: value for index, value in np.ndenumerate(array) if int(value) in inside}
+    found = {}
+    for part, local in region.parts_in_box(shape, box):
+        for inner, place in zip(itertools.product(*map(range, part.size)), elements(local), strict=True):
+            index = tuple(map(int.__add__, part.start, inner))
+            assert index not in found
+            found[index] = packed[place]
+    assert found == wanted
