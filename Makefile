@@ -74,7 +74,8 @@ property: venv ## tests under Hypothesis
 	$(PYTEST) tests/property
 
 .PHONY: integration
-integration: venv ## tests with real processes, sockets and shared memory
+integration: venv ## tests with real processes, sockets, shared memory and network namespaces
+	@.ci/network_tools.sh
 	$(PYTEST) tests/integration conformance/tests
 
 .PHONY: conformance

@@ -28,6 +28,7 @@ from ckpt_core.device_source import export_tensors
 from ckpt_core.endpoint import Endpoint, EndpointOptions
 from ckpt_core.fleet import EndpointLocks, Fleet, Member
 from ckpt_core.fleet_plan import FleetPlan
+from ckpt_core.flows import predict_fleet
 from ckpt_core.metrics import Stage, UpdateReport
 from ckpt_core.session import OnProgress, Session
 from ckpt_core.shm import private_directory, remove_directory
@@ -186,7 +187,7 @@ class Updater:
         if plan is None:
             return report
         if plan.routed is not None:
-            return replace(report, predicted=predict(plan.routed, self._limits)) if plan.rates_known else report
+            return replace(report, predicted=predict_fleet(plan, self._limits)) if plan.rates_known else report
         return report if self._limits is None else replace(report, predicted=predict(plan.plans[0], self._limits))
 
     @cached_property

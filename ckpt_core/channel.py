@@ -170,7 +170,7 @@ class Line:
         deadline = time.monotonic() + timeout_s
         while True:
             if self._events is not None and self._events.poll(0):
-                raise PeerLost("the connection to the controller ended")
+                raise PeerLost("the connection to the controller ended: it is gone, or this is another cluster's key")
             left_ms = max(0, int((deadline - time.monotonic()) * 1000))
             if self._socket.poll(left_ms):
                 if not isinstance(message := self._take(), wire.Ping):

@@ -40,6 +40,7 @@ class ClusterAgents(AgentPeers):
 
         Raises:
             RendezvousTimeout: they did not come.
+            ConfigError: more are there.
         """
         deadline = time.monotonic() + timeout_s
         while len(found := _complete(self._conversation.agents)) < hosts:
@@ -50,6 +51,11 @@ class ClusterAgents(AgentPeers):
                     "each host that has engines or reads the checkpoint"
                 )
             self._conversation.idle_until(lambda: False, timeout_s=0.05)
+        if len(found) > hosts:
+            names = ", ".join(host.name for host in found)
+            raise ConfigError(
+                f"{hosts} hosts are to take part, and agents of {len(found)} are there: {names}; give their number"
+            )
         self.hosts = tuple(found)
         for host in self.hosts:
             for agent, peer in enumerate(host.peers):
@@ -144,7 +150,10 @@ def _complete(hellos: dict[bytes, wire.AgentHello]) -> Sequence[AgentHost]:
     """Hosts of which all agents are there, by address. An agent that was started again replaces the one before."""
     by_host: dict[tuple[_HostKey, str], dict[int, bytes]] = {}
     for peer, hello in hellos.items():
-        by_host.setdefault((_key(hello.process), hello.address), {})[hello.agent] = peer
+        agents = by_host.setdefault((_key(hello.process), hello.address), {})
+        if any(hellos[other].count != hello.count for other in agents.values()):
+            agents.clear()  # the service was started again with more of them, or fewer
+        agents[hello.agent] = peer
     found = []
     for agents in by_host.values():
         first = hellos[next(iter(agents.values()))]

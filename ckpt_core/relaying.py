@@ -52,11 +52,15 @@ class Slots:
 
 
 def slots_for(outgoing: Outgoing, relay: Relay, device: Device) -> Slots:
-    """As many as the plan needs, and some more so that nobody waits for a neighbour's turn."""
+    """Memory for what comes in by that relay."""
     sizes = {step.seq: step.bucket.size_bytes for step in outgoing.steps}
     largest = max((sizes[arrival.seq] for arrival in relay.arrivals), default=0)
-    count = min(max(2 * relay.slots, _FEWEST_SLOTS), len(relay.arrivals))
-    return Slots(max(count, min(relay.slots, len(relay.arrivals))), largest, device)
+    return Slots(slot_count(relay), largest, device)
+
+
+def slot_count(relay: Relay) -> int:
+    """As many as the plan needs, and some more so that nobody waits for a neighbour's turn."""
+    return min(max(2 * relay.slots, _FEWEST_SLOTS), len(relay.arrivals))
 
 
 def relay_all(

@@ -28,6 +28,7 @@ _HELLO = struct.Struct("<32sI")  # secret, number of the agent
 _HEAD = struct.Struct("<QQ")  # bytes, xxh3-64 of them
 _AT_ONCE = 4 << 20
 _CONNECT_S = 20.0
+_GREETING_S = 1.0
 
 
 class Outlet:
@@ -187,7 +188,7 @@ class _Port:
                     f"agents {missing} did not connect to {self.address}; do they reach it, and does a firewall let them?"
                 )
             connection, _ = self._listening.accept()
-            peer = _greeted(connection, secret, deadline)
+            peer = _greeted(connection, secret)
             if peer in missing:
                 found[peer] = Inlet(connection, peer)
             else:
@@ -274,15 +275,20 @@ def connect(address: str, *, peer: int, links: Links, deadline: float) -> Outlet
     return Outlet(connection, peer)
 
 
-def _greeted(connection: socket.socket, secret: bytes, deadline: float) -> int:
-    """Number of who knows the secret, else -1."""
-    connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+def _greeted(connection: socket.socket, secret: bytes) -> int:
+    """Number of who knows the secret, else -1. Who does not say so at once holds up the others."""
+    deadline = time.monotonic() + _GREETING_S
+    said = b""
     with contextlib.suppress(OSError):
-        said = connection.recv(_HELLO.size, socket.MSG_WAITALL)
-        if len(said) == _HELLO.size:
-            claimed, peer = _HELLO.unpack(said)
-            if compare_digest(claimed, secret):
-                return int(peer)
+        while len(said) < _HELLO.size:
+            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            if not (more := connection.recv(_HELLO.size - len(said))):
+                break
+            said += more
+    if len(said) == _HELLO.size:
+        claimed, peer = _HELLO.unpack(said)
+        if compare_digest(claimed, secret):
+            return int(peer)
     _log.warning("turned away a connection that did not know this update's secret")
     return -1
 

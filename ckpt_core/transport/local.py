@@ -85,7 +85,7 @@ class LocalRingWriter:
 
     def done(self) -> int:
         """The slowest receiver."""
-        return min(self._ring.done)
+        return min(self._ring.done, default=self._ring.published)
 
     def trace(self) -> None:
         """None: plain memory has no clock of its own."""
@@ -105,7 +105,7 @@ class LocalRingWriter:
     def _copy(self, base: int, parts: list[tuple[int, HostBytes | DevicePart]]) -> None:
         for offset, source in parts:
             assert not isinstance(source, DevicePart), "a ring in plain memory takes plain memory"
-            self._ring.bytes[base + offset : base + offset + source.size] = source
+            self._ring.bytes[base + offset : base + offset + source.size].reshape(source.shape)[...] = source
 
     def _copy_late(self) -> None:
         for base, parts in self._late:

@@ -29,6 +29,7 @@ class EngineCluster:
         directory: for the cluster's keys.
         hosts: how many.
         mbit_s: rate of each one's link, each way.
+        nic_gb_s: what it carries of data, for predictions; 0 for the same.
 
     Attributes:
         net: the hosts.
@@ -36,10 +37,11 @@ class EngineCluster:
         services: processes of `ckpt agent`, by host.
     """
 
-    def __init__(self, directory: Path, *, hosts: int = 4, mbit_s: int = _GBIT_S) -> None:
+    def __init__(self, directory: Path, *, hosts: int = 4, mbit_s: int = _GBIT_S, nic_gb_s: float = 0.0) -> None:
         self._directory = directory
         self._count = hosts
         self._mbit_s = mbit_s
+        self._nic_gb_s = nic_gb_s or mbit_s / 8000
         self._stack = ExitStack()
         self.services: list[subprocess.Popen[bytes]] = []
 
@@ -86,7 +88,7 @@ class EngineCluster:
 
     def _start_agents(self, address: str, prefix: Sequence[str]) -> subprocess.Popen[bytes]:
         options = ["--cluster", str(self._agent_file), "--address", address, "--count", str(RANKS_PER_HOST)]
-        return self._start(prefix, "ckpt_core", "agent", *options, "--nic-gb-s", str(self._mbit_s / 8000))
+        return self._start(prefix, "ckpt_core", "agent", *options, "--nic-gb-s", str(self._nic_gb_s))
 
     def _start(self, prefix: Sequence[str], *module: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen([*prefix, sys.executable, "-m", *module], env=child_environment())

@@ -69,7 +69,11 @@ def left(roots):
     """Shared memory, sockets and agents."""
     memory, sockets = roots
     agents = [p.pid for p in psutil.process_iter(["cmdline"]) if "ckpt_core.agent" in (p.info["cmdline"] or [])]
-    return [*memory.iterdir(), *(path for path in sockets.iterdir() if not path.name.startswith("ckpt-locks-")), *agents]
+    return [
+        *memory.iterdir(),
+        *(path for path in sockets.iterdir() if not path.name.startswith("ckpt-locks-")),
+        *agents,
+    ]
 
 
 def tokens(server):
@@ -166,7 +170,16 @@ def test_a_killed_controller_leaves_no_engine_that_answers_and_the_next_one_mend
     cluster, updater_of, models, fresh, eventually
 ):
     endpoints = [f"--endpoint={server.url}" for server in cluster.servers]
-    command = [sys.executable, "-m", "ckpt_core", "update", str(models[0]), "--engine=reference", *endpoints, "--no-replay"]
+    command = [
+        sys.executable,
+        "-m",
+        "ckpt_core",
+        "update",
+        str(models[0]),
+        "--engine=reference",
+        *endpoints,
+        "--no-replay",
+    ]
     members = [f"--cluster={cluster.controller_file}", "--hosts=4", "--reading=striped"]
     controller = subprocess.Popen([*command, *members])
     try:
@@ -178,11 +191,16 @@ def test_a_killed_controller_leaves_no_engine_that_answers_and_the_next_one_mend
         controller.kill()
         controller.wait()
     eventually(
-        lambda: all(server.status()["state"] != "updating" for server in cluster.servers), "ranks notice", timeout_s=60.0
+        lambda: all(server.status()["state"] != "updating" for server in cluster.servers),
+        "ranks notice",
+        timeout_s=60.0,
     )
     for server in cluster.servers:
         server.post("/resume")
-        assert server.client.post("/generate", json={"prompt_token_ids": [5], "max_tokens": 1}).status_code in (409, 503)
+        assert server.client.post("/generate", json={"prompt_token_ids": [5], "max_tokens": 1}).status_code in (
+            409,
+            503,
+        )
     assert updater_of(cluster).update(models[1]).outcome is Outcome.COMMITTED
     expect_second(cluster, fresh)
 

@@ -154,6 +154,17 @@ def test_inspect_without_digest_reads_no_data(run, checkpoint):
     assert "content digest" not in out
 
 
+def test_cluster_writes_two_files_and_says_which(run, tmp_path):
+    code, out, _ = run("cluster", tmp_path / "keys", "--address", "tcp://10.0.0.1:7000")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == ["agent.json", "controller.json"]
+    assert "controller.json" in out.replace("\n", "")
+    assert "agent.json" in out.replace("\n", "")
+    code, _, err = run("cluster", tmp_path / "keys", "--address", "tcp://10.0.0.1:7000")
+    assert code == 2
+    assert "another directory" in " ".join(err.split())
+
+
 def test_plan_explains_every_bucket(run, checkpoint):
     code, out, _ = run("plan", checkpoint, "--ranks", 3, "--agents", 2, "--explain")
     assert code == 0
@@ -184,6 +195,17 @@ def test_plan_explains_the_ways_to_move_it(run, checkpoint):
         (["plan", "{model}", "--ranks", "0"], 2, "--ranks"),
         (["plan", "{model}"], 2, "--ranks"),
         (["update", "{model}"], 2, "--endpoint"),
+        (
+            ["update", "{model}", "--endpoint", "reference=http://127.0.0.1:1", "--cluster", "{tmp}/none"],
+            2,
+            "ckpt cluster DIR",
+        ),
+        (["update", "{model}", "--endpoint", "reference=http://127.0.0.1:1", "--reading", "never"], 2, "--reading"),
+        (["update", "{model}", "--endpoint", "reference=http://127.0.0.1:1", "--hosts", "0"], 2, "--hosts"),
+        (["cluster", "{tmp}/keys", "--address", "here"], 2, "tcp://host:port"),
+        (["cluster", "{tmp}/keys"], 2, "--address"),
+        (["agent", "--cluster", "{tmp}/none", "--address", "127.0.0.1"], 2, "ckpt cluster DIR"),
+        (["agent", "--address", "127.0.0.1"], 2, "--cluster"),
         (["update", "{model}", "--endpoint", "http://127.0.0.1:1"], 2, "--engine NAME"),
         (["update", "{model}", "--engine", "nosuch", "--endpoint", "http://127.0.0.1:1"], 5, "no plugin for engine"),
         (["update", "{model}", "--endpoint", "nosuch=http://127.0.0.1:1"], 5, "no plugin for engine 'nosuch'"),

@@ -110,8 +110,8 @@ def key(tmp_path):
 
 
 @pytest.fixture
-def hub(tmp_path, key):
-    with contextlib.closing(Hub(tmp_path, key)) as made:
+def hub(key):
+    with contextlib.closing(Hub(cluster=key)) as made:
         made.allow(key.token)
         yield made
 
@@ -147,10 +147,13 @@ def test_messages_go_both_ways_between_hosts(hub, key, dial):
         assert line.poll(WAIT_S) == wire.Abort(cause=str(number))
 
 
-def test_who_dials_before_the_controller_listens_is_heard_once_it_does(tmp_path, key, dial):
-    line = dial()
+@pytest.mark.parametrize("watch", [False, True])
+def test_who_dials_before_the_controller_listens_is_heard_once_it_does(key, dial, watch):
+    """Until then its connection is refused, which is not the end of a controller that was there."""
+    line = dial(watch=watch)
+    assert line.poll(SOON_S) is None
     line.send(wire.Progress(done_bytes=1))
-    with contextlib.closing(Hub(tmp_path, key)) as hub:
+    with contextlib.closing(Hub(cluster=key)) as hub:
         hub.allow(key.token)
         peer, message = take_one(hub)
         assert message == wire.Progress(done_bytes=1)
@@ -181,11 +184,11 @@ def test_the_public_key_without_the_token_is_not_enough(hub, dial, caplog):
         dial(token="t").send(wire.Progress(done_bytes=1))
         dial().send(wire.Progress(done_bytes=2))
         assert take_one(hub)[1] == wire.Progress(done_bytes=2)
-        assert "wrong token" in caplog.text or take_one(hub, SOON_S) is None
+        assert take_one(hub, SOON_S) is None
     assert "wrong token" in caplog.text
 
 
-def test_nothing_of_it_is_readable_on_the_way(hub, key, tmp_path):
+def test_nothing_of_it_is_readable_on_the_way(hub, key):
     """What a line sends to a listener that only listens holds neither the token nor what it says."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
@@ -209,9 +212,15 @@ def test_nothing_of_it_is_readable_on_the_way(hub, key, tmp_path):
     assert b"the cause of it all" not in sent
 
 
-def test_a_watched_controller_is_missed(tmp_path, key, dial):
+def listen_for_ever(line):
+    """Ends by the line's own silence at the latest."""
+    while True:
+        line.poll(1.0)
+
+
+def test_a_watched_controller_is_missed(key, dial):
     watching, patient = dial(watch=True), dial()
-    with contextlib.closing(Hub(tmp_path, key)) as hub:
+    with contextlib.closing(Hub(cluster=key)) as hub:
         hub.allow(key.token)
         for line in (watching, patient):
             line.send(wire.Progress(done_bytes=1))
@@ -219,14 +228,13 @@ def test_a_watched_controller_is_missed(tmp_path, key, dial):
             assert line.poll(WAIT_S) == wire.Begin()
         assert watching.poll() is None
     with pytest.raises(PeerLost, match="the connection to the controller ended"):
-        while True:
-            assert watching.poll(WAIT_S) is None
+        listen_for_ever(watching)
     assert patient.poll() is None
 
 
-def test_what_was_said_last_is_heard_before_the_controller_is_missed(tmp_path, key, dial):
+def test_what_was_said_last_is_heard_before_the_controller_is_missed(key, dial):
     line = dial(watch=True)
-    with contextlib.closing(Hub(tmp_path, key)) as hub:
+    with contextlib.closing(Hub(cluster=key)) as hub:
         hub.allow(key.token)
         line.send(wire.Progress(done_bytes=1))
         peer, _ = take_one(hub)
@@ -234,9 +242,9 @@ def test_what_was_said_last_is_heard_before_the_controller_is_missed(tmp_path, k
         assert line.poll(WAIT_S) == wire.Stop()
 
 
-def test_an_address_in_use_is_refused_with_the_likely_cause(tmp_path, hub, key):
-    with pytest.raises(ConfigError, match=f"cannot listen on {key.address}: .*in use; is another controller"):
-        Hub(tmp_path, key)
+def test_an_address_in_use_is_refused_with_the_likely_cause(hub, key):
+    with pytest.raises(ConfigError, match=f"cannot listen on {key.address}: .*in use.*; is another controller"):
+        Hub(cluster=key)
 
 
 def test_a_hub_on_one_host_has_no_key(tmp_path):

@@ -73,6 +73,7 @@ LINE = (
     "host_service",
     "conversation",
     "fleet_plan",
+    "flows",
     "agent_peers",
     "agents",
     "cluster_agents",

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ckpt_core import source
 from ckpt_core.dtypes import DType
 from ckpt_core.errors import CapacityError, ConfigError, ManifestError
 from ckpt_core.safetensors_header import read_header
-from ckpt_core.source import Extent, SourceFile, open_checkpoint, stage_tensors
+from ckpt_core.source import DeviceRegion, Extent, SourceFile, SourceIndex, open_checkpoint, stage_tensors
 
 
 def save(path, *names, value=1.0):
@@ -181,6 +182,60 @@ def test_a_file_replaced_by_an_equal_one_is_noticed(tmp_path):
     other.replace(path)
     with pytest.raises(ManifestError, match="expected inode"):
         before.check()
+
+
+# -- parts, and other hosts ----------------------------------------------------------------------------------------
+def test_only_some_tensors_need_only_their_files(tmp_path):
+    for number, kept in enumerate(("ab", "c", "d")):
+        save(tmp_path / f"{number}.safetensors", *kept, value=float(number))
+    index = open_checkpoint(tmp_path)
+    part = index.only({"a", "d", "unknown"})
+    assert names(part) == ["a", "d"]
+    assert part.files == (index.files[0], index.files[2])
+    assert [extent.file for extent in part.extents] == [0, 1]
+    for name in ("a", "d"):
+        assert read(part, name) == read(index, name)
+    assert index.only(names(index)) == index
+    nothing = index.only(())
+    assert (nothing.files, nothing.extents, nothing.size_bytes) == ((), (), 0)
+
+
+def test_only_some_tensors_need_only_their_device_memory():
+    regions = tuple(DeviceRegion(uuid="GPU-0", handle=f"{n:02x}", size_bytes=64) for n in range(3))
+    file = SourceFile(path="/f", size_bytes=64, mtime_ns=1, inode=2, device=3)
+    extents = tuple(
+        Extent(name=name, dtype=DType.U8, shape=(8,), file=number, offset_bytes=8, size_bytes=8)
+        for number, name in enumerate("abcd")  # a in the file, the others in regions
+    )
+    index = SourceIndex(files=(file,), extents=extents, regions=regions)
+    for kept, files, of in (("bd", 0, (0, 2)), ("ac", 1, (1,)), ("d", 0, (2,)), ("a", 1, ())):
+        part = index.only(kept)
+        assert len(part.files) == files
+        assert part.regions == tuple(regions[number] for number in of)
+        assert [extent.file for extent in part.extents] == list(range(len(kept)))
+
+
+def test_files_are_the_same_on_another_host_whatever_their_numbers_there(tmp_path):
+    path = save(tmp_path / "1.safetensors", "a")
+    here = open_checkpoint(path)
+    elsewhere = replace(here, files=tuple(replace(file, inode=1, device=2) for file in here.files))
+    with pytest.raises(ManifestError, match="changed"):
+        elsewhere.check()
+    assert elsewhere.as_here() == here
+    assert here.as_here() == here
+
+
+@pytest.mark.parametrize("changed", [{"size_bytes": 1}, {"mtime_ns": 1}])
+def test_another_file_of_that_name_on_another_host_is_noticed(tmp_path, changed):
+    path = save(tmp_path / "1.safetensors", "a")
+    here = open_checkpoint(path)
+    elsewhere = replace(here, files=tuple(replace(file, inode=1, **changed) for file in here.files))
+    (name,) = changed
+    with pytest.raises(ManifestError, match=rf"1\.safetensors' changed since it was opened: expected {name} 1"):
+        elsewhere.as_here()
+    path.unlink()
+    with pytest.raises(ManifestError, match="No such file"):
+        elsewhere.as_here()
 
 
 # -- tensors in memory -------------------------------------------------------------------------------------------
