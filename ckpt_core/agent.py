@@ -30,6 +30,7 @@ from ckpt_core.polling import Poller
 from ckpt_core.relay import Relay
 from ckpt_core.relaying import relay_all, slots_for
 from ckpt_core.shm import remove_directory
+from ckpt_core.source_share import as_here, only
 from ckpt_core.staging import HostPool
 from ckpt_core.stats import AgentStats
 from ckpt_core.trace import TrackKind
@@ -144,7 +145,7 @@ class Agent:
         before, known, self._manifest = self._pool.layout, self._manifest, None  # none is known if this fails
         index = message.index
         if message.holds is not None:
-            index = index.only(frozenset(message.holds)).as_here()
+            index = as_here(only(index, frozenset(message.holds)))
         locked_bytes, lock_s = self._pool.adopt(index)
         same = known is not None and self._pool.layout is before and message.holds is None
         self._manifest = known if same else Manifest.from_index(message.index)

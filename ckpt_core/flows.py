@@ -171,7 +171,7 @@ def _run(flows: Sequence[_Flow], rates: Sequence[float]) -> float:
 
 def _share(busy: Sequence[_Flow], rates: Sequence[float]) -> None:
     """Max-min fair rates: the scarcest NIC is shared evenly, then the next with what is left."""
-    open_flows = set(busy)
+    open_flows = dict.fromkeys(busy)  # in their order: the same rates each time
     left = {(host, way): rate for host, rate in enumerate(rates) for way in (0, 1)}
     while open_flows:
         users: dict[tuple[int, int], list[_Flow]] = {}
@@ -182,6 +182,6 @@ def _share(busy: Sequence[_Flow], rates: Sequence[float]) -> None:
         each = left[scarcest] / len(users[scarcest])
         for flow in users[scarcest]:
             flow.rate = each
-            open_flows.discard(flow)
+            del open_flows[flow]
             left[flow.sender.host, 0] -= each
             left[flow.receiver.host, 1] -= each

@@ -11,9 +11,9 @@ import mmap
 import os
 import secrets
 import stat
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,32 +114,6 @@ class SourceIndex:
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(extent.size_bytes for extent in self.extents)
-
-    def only(self, names: Collection[str]) -> SourceIndex:
-        """The files and extents of these tensors."""
-        extents = [extent for extent in self.extents if extent.name in names]
-        kept = sorted({extent.file for extent in extents})
-        numbers = {file: number for number, file in enumerate(kept)}
-        files, regions = len(self.files), len(self.files) + len(self.regions)
-        return SourceIndex(
-            files=tuple(self.files[file] for file in kept if file < files),
-            extents=tuple(replace(extent, file=numbers[extent.file]) for extent in extents),
-            regions=tuple(self.regions[file - files] for file in kept if files <= file < regions),
-        )
-
-    def as_here(self) -> SourceIndex:
-        """The same files as this host sees them: a file system of several hosts numbers files differently on each.
-
-        Raises:
-            ManifestError: a file is not there, or has another size or time of change.
-        """
-        files = []
-        for file in self.files:
-            here = SourceFile.of(file.path)
-            if (here.size_bytes, here.mtime_ns) != (file.size_bytes, file.mtime_ns):
-                file.check()  # raises, with what differs
-            files.append(here)
-        return replace(self, files=tuple(files))
 
     def check(self) -> None:
         """Raise ManifestError where a file changed since it was opened."""

@@ -26,6 +26,7 @@ from ckpt_core.routing.columns import ints
 from ckpt_core.routing.order import natural_order
 from ckpt_core.routing.topology import striped
 from ckpt_core.source import stage_tensors
+from ckpt_core.source_share import as_here, only
 from ckpt_core.staging import HostPool
 from ckpt_core.transport import chain
 from ckpt_core.transport.chain import Neighbours
@@ -63,7 +64,7 @@ class Update:
             for number, (host, agent) in enumerate(self.agents):
                 pool = HostPool(CpuDevice())
                 stack.callback(pool.close)
-                pool.adopt(self.index.only(self.hosts.holders.names(self.manifest, host)).as_here())
+                pool.adopt(as_here(only(self.index, self.hosts.holders.names(self.manifest, host))))
                 self.pools.append(pool)
                 writer = IpcRingWriter(
                     owner=agent,

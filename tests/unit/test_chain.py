@@ -307,3 +307,36 @@ def test_agents_that_wait_for_each_other_meet(neighbours):
         thread.join(WAIT_S)
     assert carries(met[0][1][0], met[1][0][0])
     assert carries(met[1][1][0], met[0][0][0])
+
+
+@pytest.fixture
+def meeting():
+    with contextlib.closing(Neighbours("127.0.0.1")) as made:
+        made.connect(Relay(), Links(agent=2, secret=SECRET, ports=()))
+        yield made
+
+
+def dialled(meeting):
+    host, _, port = meeting.port.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=WAIT_S)
+
+
+def test_a_greeting_in_two_parts_is_taken(meeting):
+    hello = chain._HELLO.pack(SECRET.encode(), 7)
+    with dialled(meeting) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(hello[:10])
+        rest = threading.Timer(0.1, connection.sendall, [hello[10:]])
+        rest.start()
+        inlets, _ = meeting.meet(Relay(inlets=(7,)))
+        rest.join()
+    assert [inlet.peer for inlet in inlets] == [7]
+
+
+def test_who_says_nothing_does_not_keep_the_others_out(meeting):
+    start = time.monotonic()
+    with dialled(meeting), dialled(meeting) as connection:
+        connection.sendall(chain._HELLO.pack(SECRET.encode(), 7))
+        inlets, _ = meeting.meet(Relay(inlets=(7,)))
+    assert [inlet.peer for inlet in inlets] == [7]
+    assert time.monotonic() - start < chain._CONNECT_S / 2

@@ -163,7 +163,7 @@ def test_looking_whether_they_live_hears_who_dialled_in_since(agents_of, dial):
 def test_all_are_sent_home_and_others_may_come(agents_of, talk, dial):
     agents = agents_of()
     lines = [dial("1"), dial("2")]
-    agents.join(1, SHORT_S)  # the other one waits in vain
+    agents.join(2, WAIT_S)
     agents.stop()
     for line in lines:
         while (message := line.poll(WAIT_S)) is None:
@@ -174,6 +174,23 @@ def test_all_are_sent_home_and_others_may_come(agents_of, talk, dial):
     dial("1")
     agents.join(1, SHORT_S)
     assert len(agents.peers) == 1
+
+
+def test_a_service_that_was_started_again_with_fewer_agents_is_complete(agents_of, dial):
+    agents = agents_of()
+    dial("1", 0, count=2)
+    dial("1", 1, count=2)
+    dial("1", 0, count=1)
+    agents.join(1, WAIT_S)
+    assert len(agents.peers) == 1
+
+
+def test_more_hosts_than_are_to_take_part_are_refused_by_name(agents_of, dial):
+    agents = agents_of()
+    dial("1")
+    dial("2")
+    with pytest.raises(ConfigError, match=r"1 hosts .* agents of 2 are there: .*10\.0\.0\.1.*10\.0\.0\.2"):
+        agents.join(1, WAIT_S)
 
 
 # -- whose rings a rank maps -----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ LINE = (
     "config",
     "safetensors_header",
     "source",
+    "source_share",
     "manifest",
     "layout",
     "wanted",

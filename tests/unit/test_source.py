@@ -15,6 +15,7 @@ from ckpt_core.dtypes import DType
 from ckpt_core.errors import CapacityError, ConfigError, ManifestError
 from ckpt_core.safetensors_header import read_header
 from ckpt_core.source import DeviceRegion, Extent, SourceFile, SourceIndex, open_checkpoint, stage_tensors
+from ckpt_core.source_share import as_here, only
 
 
 def save(path, *names, value=1.0):
@@ -189,14 +190,14 @@ def test_only_some_tensors_need_only_their_files(tmp_path):
     for number, kept in enumerate(("ab", "c", "d")):
         save(tmp_path / f"{number}.safetensors", *kept, value=float(number))
     index = open_checkpoint(tmp_path)
-    part = index.only({"a", "d", "unknown"})
+    part = only(index, {"a", "d", "unknown"})
     assert names(part) == ["a", "d"]
     assert part.files == (index.files[0], index.files[2])
     assert [extent.file for extent in part.extents] == [0, 1]
     for name in ("a", "d"):
         assert read(part, name) == read(index, name)
-    assert index.only(names(index)) == index
-    nothing = index.only(())
+    assert only(index, names(index)) == index
+    nothing = only(index, ())
     assert (nothing.files, nothing.extents, nothing.size_bytes) == ((), (), 0)
 
 
@@ -209,7 +210,7 @@ def test_only_some_tensors_need_only_their_device_memory():
     )
     index = SourceIndex(files=(file,), extents=extents, regions=regions)
     for kept, files, of in (("bd", 0, (0, 2)), ("ac", 1, (1,)), ("d", 0, (2,)), ("a", 1, ())):
-        part = index.only(kept)
+        part = only(index, kept)
         assert len(part.files) == files
         assert part.regions == tuple(regions[number] for number in of)
         assert [extent.file for extent in part.extents] == list(range(len(kept)))
@@ -221,8 +222,8 @@ def test_files_are_the_same_on_another_host_whatever_their_numbers_there(tmp_pat
     elsewhere = replace(here, files=tuple(replace(file, inode=1, device=2) for file in here.files))
     with pytest.raises(ManifestError, match="changed"):
         elsewhere.check()
-    assert elsewhere.as_here() == here
-    assert here.as_here() == here
+    assert as_here(elsewhere) == here
+    assert as_here(here) == here
 
 
 @pytest.mark.parametrize("changed", [{"size_bytes": 1}, {"mtime_ns": 1}])
@@ -232,10 +233,10 @@ def test_another_file_of_that_name_on_another_host_is_noticed(tmp_path, changed)
     elsewhere = replace(here, files=tuple(replace(file, inode=1, **changed) for file in here.files))
     (name,) = changed
     with pytest.raises(ManifestError, match=rf"1\.safetensors' changed since it was opened: expected {name} 1"):
-        elsewhere.as_here()
+        as_here(elsewhere)
     path.unlink()
     with pytest.raises(ManifestError, match="No such file"):
-        elsewhere.as_here()
+        as_here(elsewhere)
 
 
 # -- tensors in memory -------------------------------------------------------------------------------------------

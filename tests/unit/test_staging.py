@@ -16,6 +16,7 @@ from ckpt_core.layout import Box
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Step
 from ckpt_core.source import DeviceRegion, Extent, SourceIndex, stage_tensors
+from ckpt_core.source_share import as_here, only
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.ipc import IpcRingWriter
 
@@ -145,26 +146,26 @@ def test_parts_get_into_a_ring(pool, index, tmp_path):
 
 def test_a_pool_of_some_tensors_has_those(index):
     with contextlib.closing(HostPool(CpuDevice())) as pool:
-        pool.adopt(index.only({"b"}))
+        pool.adopt(only(index, {"b"}))
         manifest = Manifest.from_index(index)
         ((_, view),) = pool.parts(manifest, bucket_of(STRIDED[3]))
         assert (view.reshape(-1) == bytes_of(STRIDED[3])).all()
         before = pool.layout
-        pool.adopt(index.only({"b"}))
+        pool.adopt(only(index, {"b"}))
         assert pool.layout is before
-        pool.adopt(index.only({"a", "b"}))
+        pool.adopt(only(index, {"a", "b"}))
         assert pool.layout is not before
 
 
 def test_a_pool_of_nothing_holds_nothing(index):
     with contextlib.closing(HostPool(CpuDevice())) as pool:
-        assert pool.adopt(index.only(()))[0] == 0
+        assert pool.adopt(only(index, ()))[0] == 0
         pool.check_unchanged()
 
 
 def test_the_pool_of_a_host_notices_what_changed_there(index):
     with contextlib.closing(HostPool(CpuDevice())) as pool:
-        pool.adopt(index.only({"a"}).as_here())
+        pool.adopt(as_here(only(index, {"a"})))
         Path(index.files[0].path).unlink()
         with pytest.raises(ManifestError, match="No such file"):
             pool.check_unchanged()
