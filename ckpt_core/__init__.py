@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckpt_core.api import Target, Updater, update
-    from ckpt_core.config import UpdateConfig, VerifyLevel
+    from ckpt_core.api import Cluster, Target, Updater, update
+    from ckpt_core.config import Reading, UpdateConfig, VerifyLevel
     from ckpt_core.contract import PauseMode
     from ckpt_core.errors import CkptError, Outcome, UpdateAborted
     from ckpt_core.manifest import Manifest
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CkptError",
+    "Cluster",
     "Manifest",
     "Outcome",
     "PauseMode",
+    "Reading",
     "Target",
     "UpdateAborted",
     "UpdateConfig",
@@ -34,9 +36,11 @@ __all__ = [
 
 _HOME = {
     "CkptError": "errors",
+    "Cluster": "api",
     "Manifest": "manifest",
     "Outcome": "errors",
     "PauseMode": "contract",
+    "Reading": "config",
     "Target": "api",
     "UpdateAborted": "errors",
     "UpdateConfig": "config",

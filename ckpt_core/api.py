@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ckpt_core import cluster as clusters
 from ckpt_core import limits as machine_limits
 from ckpt_core import plugins
 from ckpt_core.agent_peers import AgentPeers
@@ -76,6 +77,15 @@ class Cluster:
     key: ClusterKey
     hosts: int
     reading: Reading = Reading.HERE
+
+    @classmethod
+    def load(cls, path: Path, *, hosts: int, reading: Reading = Reading.HERE) -> Cluster:
+        """By the controller's file.
+
+        Raises:
+            ConfigError: it is no such file, or others may read it.
+        """
+        return cls(key=clusters.load(path, controller=True), hosts=hosts, reading=reading)
 
 
 class Updater:

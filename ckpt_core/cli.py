@@ -113,10 +113,7 @@ def update(
         transfer_timeout_s=timeout_s,
         pause_timeout_s=pause_timeout_s,
     )
-    members = None
-    if cluster is not None:
-        key = clusters.load(cluster, controller=True)
-        members = api.Cluster(key=key, hosts=hosts, reading=reading)
+    members = None if cluster is None else api.Cluster.load(cluster, hosts=hosts, reading=reading)
     with _progress() as on_progress:
         report = api.update(
             checkpoint,

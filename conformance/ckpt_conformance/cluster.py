@@ -66,8 +66,7 @@ class EngineCluster:
 
     def membership(self, reading: Reading) -> Cluster:
         """For an Updater in this process."""
-        key = cluster.load(self.controller_file, controller=True)
-        return Cluster(key=key, hosts=len(self.services), reading=reading)
+        return Cluster.load(self.controller_file, hosts=len(self.services), reading=reading)
 
     def engines(self, model: Path | str, *, tp: int, extra: Sequence[str] = ()) -> list[ReferenceServer]:
         """Engines on all hosts, each over as many as its ranks need."""

@@ -59,7 +59,7 @@ def test_no_nic_carries_more_than_it_can(tensors, hosts, tp, data):
 def test_twice_as_fast_networks_take_half_the_time_but_for_handing_over(tensors, hosts):
     slow = play(plan_of(tensors, hosts, 2, [0.01] * hosts))
     fast = play(plan_of(tensors, hosts, 2, [0.02] * hosts))
-    assert slow / 2 <= fast <= slow
+    assert slow / 2 * 0.95 <= fast <= slow  # another order of arrivals may be a little better
 
 
 def test_even_hosts_come_near_to_what_their_nics_carry():

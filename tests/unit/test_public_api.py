@@ -7,9 +7,11 @@ import ckpt_core
 
 PUBLIC = [
     "CkptError",
+    "Cluster",
     "Manifest",
     "Outcome",
     "PauseMode",
+    "Reading",
     "Target",
     "UpdateAborted",
     "UpdateConfig",
