@@ -6,6 +6,7 @@ peer's benchmark engine holds too. Each rank is a process; the control side talk
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import sys
 import traceback
@@ -41,6 +42,7 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.plugins import EnginePlugin
 
 ENGINE = "mock"
+_CLONE_NEWIPC = 0x08000000
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ class MockEngine:
             self._pipes.append(ours)
             self._processes.append(process)
         self._gather()
-        if options.device == "cuda":
+        if options.device == "cuda" and not options.apart:
             self.call("map_peers", self.call("signal_handle"))
 
     @property
@@ -222,6 +224,8 @@ class MockEngine:
 
 
 def _rank_main(options: MockOptions, rank: int, visible: str, pipe: Connection) -> None:
+    if options.apart and ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWIPC):
+        raise OSError(ctypes.get_errno(), "an IPC namespace for each rank needs root")
     if visible:
         import os
 

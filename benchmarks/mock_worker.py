@@ -22,7 +22,8 @@ _SIGNAL_BYTES = 2 << 20
 class MockOptions:
     """What the ranks are made of.
 
-    `one_visible` hides the other GPUs from each rank; `cut` takes tensors in parts; `record` has its loader recorded.
+    `one_visible` hides the other GPUs from each rank; `cut` takes tensors in parts; `record` has its loader recorded;
+    `apart` gives each rank an IPC namespace of its own, so that it counts as one on another host (Linux, root).
     """
 
     model: str
@@ -32,6 +33,7 @@ class MockOptions:
     one_visible: bool = True
     cut: bool = True
     record: bool = False
+    apart: bool = False
 
 
 class MockWorker:

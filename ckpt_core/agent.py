@@ -28,7 +28,7 @@ from ckpt_core.pipeline import Outgoing, send
 from ckpt_core.plan import Plan
 from ckpt_core.polling import Poller
 from ckpt_core.relay import Relay
-from ckpt_core.relaying import relay_all, slots_for
+from ckpt_core.relaying import Slots, relay_all, slots_for
 from ckpt_core.shm import remove_directory
 from ckpt_core.source_share import as_here, only
 from ckpt_core.staging import HostPool
@@ -93,6 +93,7 @@ class Agent:
         self._manifest: Manifest | None = None
         self._relay: Relay | None = None
         self._neighbours: Neighbours | None = None
+        self._slots: Slots | None = None
         self._handlers: dict[type[wire.Message], Callable[..., wire.AnyMessage | None]] = {
             wire.Prepare: self._prepare,
             wire.OpenRing: self._open_ring,
@@ -254,22 +255,21 @@ class Agent:
     ) -> AgentStats:
         assert self._manifest is not None
         inlets, outlets = neighbours.meet(relay)
-        slots = slots_for(outgoing, relay, self._device)
-        try:
-            return relay_all(
-                outgoing,
-                relay,
-                inlets=inlets,
-                outlets=outlets,
-                slots=slots,
-                writer=writer,
-                pool=self._pool,
-                manifest=self._manifest,
-                poller=poller,
-                spans=tracks.spans,
-            )
-        finally:
-            slots.close()
+        self._slots = slots_for(outgoing, relay, self._device)
+        stats = relay_all(
+            outgoing,
+            relay,
+            inlets=inlets,
+            outlets=outlets,
+            slots=self._slots,
+            writer=writer,
+            pool=self._pool,
+            manifest=self._manifest,
+            poller=poller,
+            spans=tracks.spans,
+        )
+        self._slots.close()
+        return stats
 
     def _close_ring(self, _message: object) -> wire.RingClosed:
         self._close_outgrown()
@@ -279,6 +279,9 @@ class Agent:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.close()  # not before the ring: its device may still copy out of them
         return wire.RingClosed()
 
     def _close_outgrown(self) -> None:
