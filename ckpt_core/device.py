@@ -15,7 +15,7 @@ from ckpt_core.trace import Span, SpanStage
 if TYPE_CHECKING:
     import torch
 
-HostBytes = npt.NDArray[np.uint8]  # of any shape and strides: a part of a tensor need not be contiguous
+HostBytes = npt.NDArray[np.uint8]  # contiguous, or rows of contiguous bytes at equal distances
 CPU = "cpu"
 
 

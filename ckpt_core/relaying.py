@@ -10,7 +10,7 @@ import mmap
 import select
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import xxhash
@@ -136,6 +136,7 @@ class _Loop:
         for departure in relay.departures:
             self._departures[departure.outlet].append(departure)
         self._leaving: list[Departure | None] = [None] * len(outlets)
+        self._packs = [_room(departures) for departures in self._departures]
         self._filled = 0
         self._copying: deque[int] = deque()
         self._last = outgoing.steps[-1].seq if outgoing.steps else 0
@@ -226,16 +227,17 @@ class _Loop:
                 if left.seq != FROM_POOL:
                     self._release(left.seq)
                 moved = True
-            if self._departures[number] and self._start(outlet, self._departures[number][0]):
+            if self._departures[number] and self._start(number, self._departures[number][0]):
                 self._leaving[number] = self._departures[number].popleft()
                 outlet.pump()
                 moved = True
         return moved
 
-    def _start(self, outlet: Outlet, departure: Departure) -> bool:
+    def _start(self, number: int, departure: Departure) -> bool:
         """Whether the bucket is there."""
+        outlet = self._outlets[number]
         if departure.bucket is not None:
-            packed = self._packed(departure.bucket)
+            packed = self._pack(departure.bucket, self._packs[number])
             outlet.start(packed.data, xxhash.xxh3_64_intdigest(packed.data))
             self._sent += packed.size
             return True
@@ -246,9 +248,9 @@ class _Loop:
         self._sent += held.bytes.size
         return True
 
-    def _packed(self, bucket: Bucket) -> HostBytes:
-        """A bucket from the pool. Not kept: it would be a second copy of the checkpoint."""
-        packed = np.zeros(bucket.size_bytes, dtype=np.uint8)
+    def _pack(self, bucket: Bucket, room: HostBytes) -> HostBytes:
+        """A bucket from the pool, row-major. What is between its pieces is nobody's."""
+        packed = room[: bucket.size_bytes]
         for offset, part in self._pool.parts(self._manifest, bucket):
             source = part if isinstance(part, np.ndarray) else self._pool.read(part)
             packed[offset : offset + source.size].reshape(source.shape)[...] = source
@@ -280,3 +282,9 @@ class _Loop:
         held.uses -= 1
         if not held.uses:
             self._slots.free.append(self._held.pop(seq).slot)
+
+
+def _room(departures: Iterable[Departure]) -> HostBytes:
+    """For the largest bucket that goes out from the pool: new pages for each would cost more than the copy."""
+    sizes = [departure.bucket.size_bytes for departure in departures if departure.bucket is not None]
+    return np.zeros(max(sizes, default=0), dtype=np.uint8)

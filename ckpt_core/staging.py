@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from ckpt_core.device import Device, DevicePart, HostBytes, Unlock
 from ckpt_core.errors import ConfigError, ManifestError
 from ckpt_core.layout import Box
 from ckpt_core.manifest import Manifest, content_digest
+from ckpt_core.rows import rows_of, within_regions
 from ckpt_core.source import Extent, SourceFile, SourceIndex
 
 _REGION_BYTES = 1 << 30  # page locks are per region: few and large
@@ -107,7 +108,7 @@ class HostPool:
         for piece in bucket.pieces:
             extent = self._extents[manifest.tensors[piece.tensor].name]
             if piece.box is not None and not piece.box.is_contiguous_in(extent.shape):
-                strided.append((piece.offset_bytes, self._strided(piece.box, extent)))
+                strided += self._strided(piece.offset_bytes, piece.box, extent)
                 continue
             first = extent.offset_bytes + _first_byte(piece.box, extent)
             if runs and _continues(runs[-1], piece.offset_bytes, extent.file, first):
@@ -120,16 +121,20 @@ class HostPool:
             for offset, file, first, size in _within_regions(run)
         ]
 
-    def _strided(self, box: Box, extent: Extent) -> HostBytes:
-        """A part that is not contiguous, as a view of the file: shape (..., bytes of a run)."""
+    def _strided(self, offset: int, box: Box, extent: Extent) -> Iterator[tuple[int, HostBytes | DevicePart]]:
+        """A part that is not contiguous, as views of the file: shape (rows, bytes of a row)."""
         if extent.file >= len(self._files):
             raise ConfigError(
                 f"tensor {extent.name!r:.200}: parts of tensors on a GPU cannot go to other hosts; give CPU tensors or files"
             )
+        file = self._files[extent.file].array
         runs = box.byte_runs(extent.shape, extent.dtype.itemsize)
-        begin = self._files[extent.file].array[extent.offset_bytes + runs.first_offset_bytes :]
-        shape, strides = (*runs.outer_shape, runs.run_bytes), (*runs.outer_strides_bytes, 1)
-        return np.lib.stride_tricks.as_strided(begin, shape, strides, writeable=False)
+        runs = replace(runs, first_offset_bytes=extent.offset_bytes + runs.first_offset_bytes)
+        for block in rows_of(runs):
+            for rows in within_regions(block, _REGION_BYTES):
+                shape, strides = (rows.count, rows.run_bytes), (rows.pitch_bytes, 1)
+                yield offset, np.lib.stride_tricks.as_strided(file[rows.first_byte :], shape, strides, writeable=False)
+                offset += rows.count * rows.run_bytes
 
     def _bytes(self, file: int, first: int, size: int) -> HostBytes | DevicePart:
         if file < len(self._files):

@@ -93,9 +93,11 @@ class CudaBuffer:
         if isinstance(source, DevicePart):
             self._stream.device_to_device(self._pointer + offset_bytes, source.address, source.size)
             return
-        packed = np.ascontiguousarray(source)
-        # what was packed just now is pageable: the driver has taken it when the call returns
-        self._stream.host_to_device(self._pointer + offset_bytes, packed.ctypes.data, packed.size)
+        target, address = self._pointer + offset_bytes, source.ctypes.data
+        if source.ndim == 1:
+            self._stream.host_to_device(target, address, source.size)
+        else:
+            self._stream.rows_to_device(target, address, source.shape, pitch_bytes=source.strides[0])
 
     def mark(self) -> Mark:
         """A mark after the copies so far."""

@@ -16,10 +16,24 @@ from ckpt_core.errors import CapacityError, ConfigError, TransportError
 _NOT_READY = 600
 _OUT_OF_MEMORY = 2
 _EVENT_DISABLE_TIMING = 2
+_MEMORY_HOST, _MEMORY_DEVICE = 1, 2
 _STREAM_NON_BLOCKING = 1
 _IPC_LAZY_PEER_ACCESS = 1
 HOST_REGISTER_PORTABLE = 1
 HOST_REGISTER_READ_ONLY = 8
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = [
+        *((f"{end}{name}", kind) for end in ("src", "dst") for name, kind in (
+            ("XInBytes", c_size_t), ("Y", c_size_t), ("MemoryType", c_uint), ("Host", c_void_p),
+            ("Device", c_ulonglong), ("Array", c_void_p), ("Pitch", c_size_t),
+        )),
+        ("WidthInBytes", c_size_t),
+        ("Height", c_size_t),
+    ]  # fmt: skip
 
 
 class IpcHandle(ctypes.Structure):
@@ -52,6 +66,7 @@ _SIGNATURES = {
     "cuMemFree_v2": [c_ulonglong],
     "cuMemcpyHtoDAsync_v2": [c_ulonglong, c_void_p, c_size_t, c_void_p],
     "cuMemcpyDtoDAsync_v2": [c_ulonglong, c_ulonglong, c_size_t, c_void_p],
+    "cuMemcpy2DAsync_v2": [c_void_p, c_void_p],
     "cuMemcpyDtoHAsync_v2": [c_void_p, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpyDtoH_v2": [c_void_p, c_ulonglong, c_size_t],
     "cuIpcGetMemHandle": [c_void_p, c_ulonglong],
@@ -160,6 +175,21 @@ class Stream:
     def host_to_device(self, target: int, source: int, size_bytes: int) -> None:
         """Start a copy from page-locked host memory."""
         check(library().cuMemcpyHtoDAsync_v2(target, source, size_bytes, self.handle), "cuMemcpyHtoDAsync")
+
+    def rows_to_device(self, target: int, source: int, shape: tuple[int, ...], *, pitch_bytes: int) -> None:
+        """Start a copy of rows (count, bytes) from page-locked host memory, packed on the device."""
+        rows, row_bytes = shape
+        copy = _Copy2D(
+            srcMemoryType=_MEMORY_HOST,
+            srcHost=source,
+            srcPitch=pitch_bytes,
+            dstMemoryType=_MEMORY_DEVICE,
+            dstDevice=target,
+            dstPitch=row_bytes,
+            WidthInBytes=row_bytes,
+            Height=rows,
+        )
+        check(library().cuMemcpy2DAsync_v2(byref(copy), self.handle), "cuMemcpy2DAsync")
 
     def device_to_device(self, target: int, source: int, size_bytes: int) -> None:
         """Start a copy on the device, or from a peer whose memory is mapped."""

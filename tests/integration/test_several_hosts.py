@@ -57,18 +57,22 @@ def fresh(models):
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda tp: f"tp{tp}")
 def cluster(request, models, roots, tmp_path_factory):
     """Hosts and engines on the first model; with `tp` and `servers`."""
-    before = left(roots)
+    before = set(left(roots))
     with EngineCluster(tmp_path_factory.mktemp("keys") / "keys", mbit_s=MBIT_S) as cluster:
         cluster.tp = request.param
         cluster.servers = cluster.engines(models[0], tp=cluster.tp)
         yield cluster
-    assert left(roots) == before
+    assert set(left(roots)) <= before
 
 
 def left(roots):
-    """Shared memory, sockets and agents."""
+    """Shared memory, sockets and agents of this run."""
     memory, sockets = roots
-    agents = [p.pid for p in psutil.process_iter(["cmdline"]) if "ckpt_core.agent" in (p.info["cmdline"] or [])]
+    agents = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        mine = (process.info["environ"] or {}).get("CKPT_SHM_DIR") == str(memory)
+        if mine and "ckpt_core.agent" in (process.info["cmdline"] or []):
+            agents.append(process.pid)
     return [
         *memory.iterdir(),
         *(path for path in sockets.iterdir() if not path.name.startswith("ckpt-locks-")),

@@ -307,8 +307,11 @@ def test_what_is_larger_than_a_socket_takes_at_once_arrives(tmp_path):
 
 
 # -- what goes wrong between hosts -------------------------------------------------------------------------------------
-def between(update, number, outlet, disturb):
-    """A proxy on the way of an agent to one of its outlets: `disturb` gets each chunk and its place in the stream."""
+def between(update, number, outlet, disturb, *, most_bytes=None):
+    """A proxy on the way of an agent to one of its outlets: `disturb` gets each chunk and its place in the stream.
+
+    With `most_bytes` it passes on so many, and then hangs up.
+    """
     host, _, port = update.ports[number][outlet].rpartition(":")
     listening = socket.create_server(("127.0.0.1", 0))
 
@@ -319,10 +322,11 @@ def between(update, number, outlet, disturb):
                 place = 0
                 while data := before.recv(65536):
                     changed = disturb(data, place)
-                    if changed is None:
+                    place += len(data)
+                    if most_bytes is not None and place >= most_bytes:
+                        after.sendall(changed[: len(changed) - (place - most_bytes)])
                         return
                     after.sendall(changed)
-                    place += len(data)
 
     threading.Thread(target=carry, daemon=True).start()
     update.ports[number][outlet] = f"127.0.0.1:{listening.getsockname()[1]}"
@@ -368,7 +372,7 @@ def test_a_head_that_changes_on_the_way_is_noticed(update_of, place, says):
 def test_a_neighbour_that_hangs_up_is_lost(update_of):
     update = update_of("first")
     sender = sender_of(update)
-    peer = between(update, sender, 0, lambda data, place: data[: max(0, HELLO_BYTES - place)] or None)
+    peer = between(update, sender, 0, lambda data, _place: data, most_bytes=HELLO_BYTES)
     update.run()
     errors = update.first_errors()
     assert errors  # of either end, whoever noticed first, or both

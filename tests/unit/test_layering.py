@@ -27,6 +27,7 @@ LINE = (
     "source_share",
     "manifest",
     "layout",
+    "rows",
     "wanted",
     "strided",
     "bucket",
