@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ckpt_core import numa, process, wire
-from ckpt_core.channel import AbortRequested, Line
+from ckpt_core.channel import AbortRequested, ControllerLost, Line, StopRequested
 from ckpt_core.cuda import driver, probe
 from ckpt_core.device import CPU
 from ckpt_core.devices import device_of
@@ -32,7 +32,6 @@ from ckpt_core.relaying import Slots, relay_all, slots_for
 from ckpt_core.shm import remove_directory
 from ckpt_core.source_share import as_here, only
 from ckpt_core.staging import HostPool
-from ckpt_core.stats import AgentStats
 from ckpt_core.trace import TrackKind
 from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.chain import Neighbours
@@ -43,6 +42,7 @@ _log = logging.getLogger(__name__)
 _IDLE_POLL_S = 0.2
 _PROGRESS_EVERY_S = 0.1
 _ORPHANED_WITHIN_S = 1.0
+_ABORT_WITHIN_S = 0.1
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +117,8 @@ class Agent:
         try:
             while not isinstance(message := self._next(), wire.Stop):
                 self._handle(message)
+        except StopRequested:
+            pass  # it came in the middle of something
         finally:
             self._close_ring(None)
             self._pool.close()
@@ -135,12 +137,23 @@ class Agent:
                 reply = handler(message)
         except AbortRequested:
             reply = self._close_ring(None)
-        except PeerLost:
+        except (ControllerLost, StopRequested):
             raise
+        except PeerLost as error:
+            reply = self._lost(error, message)
         except Exception as error:  # noqa: BLE001 every failure goes to the controller
             reply = failure_message(error, type(message).__name__)
         if reply is not None:
             self._line.send(reply)
+
+    def _lost(self, error: PeerLost, message: wire.AnyMessage) -> wire.AnyMessage:
+        """A neighbour is gone; or it heard of the end of the update before this one did."""
+        soon = self._line.poll(_ABORT_WITHIN_S)
+        if isinstance(soon, wire.Stop):
+            raise StopRequested("the controller ended this process")
+        if isinstance(soon, wire.Abort):
+            return self._close_ring(None)
+        return failure_message(error, type(message).__name__)
 
     def _prepare(self, message: wire.Prepare) -> wire.Prepared:
         before, known, self._manifest = self._pool.layout, self._manifest, None  # none is known if this fails
@@ -206,6 +219,8 @@ class Agent:
                 is_source=lambda step: step.seq not in arriving,
             )
         if self._relay is not None and message.links is not None and self._neighbours is not None:
+            self._let_go_of_slots()
+            self._slots = slots_for(self._outgoing, self._relay, self._device)
             self._neighbours.connect(self._relay, message.links)
         return wire.PlanTaken(digest=self._plan.digest)
 
@@ -236,40 +251,26 @@ class Agent:
         tracks = ProcessTracks(f"agent {self._config.index}", TrackKind.AGENT, wanted=message.trace)
         if message.trace:
             tracks.timer = writer.trace()
-        if self._relay is None or self._neighbours is None:
+        if self._relay is None or self._neighbours is None or self._slots is None:
             stats = send(self._outgoing, writer=writer, poller=poller, spans=tracks.spans)
         else:
-            stats = self._send_and_relay(self._outgoing, self._relay, self._neighbours, writer, poller, tracks)
+            assert self._manifest is not None
+            inlets, outlets = self._neighbours.meet(self._relay, self._check)
+            stats = relay_all(
+                self._outgoing,
+                self._relay,
+                inlets=inlets,
+                outlets=outlets,
+                slots=self._slots,
+                writer=writer,
+                pool=self._pool,
+                manifest=self._manifest,
+                poller=poller,
+                spans=tracks.spans,
+            )
         stats = msgspec.structs.replace(stats, tracks=tracks.take())
         self._pool.check_unchanged()
         return wire.Sent(stats=stats)
-
-    def _send_and_relay(  # noqa: PLR0917
-        self,
-        outgoing: Outgoing,
-        relay: Relay,
-        neighbours: Neighbours,
-        writer: IpcRingWriter,
-        poller: Poller,
-        tracks: ProcessTracks,
-    ) -> AgentStats:
-        assert self._manifest is not None
-        inlets, outlets = neighbours.meet(relay)
-        self._slots = slots_for(outgoing, relay, self._device)
-        stats = relay_all(
-            outgoing,
-            relay,
-            inlets=inlets,
-            outlets=outlets,
-            slots=self._slots,
-            writer=writer,
-            pool=self._pool,
-            manifest=self._manifest,
-            poller=poller,
-            spans=tracks.spans,
-        )
-        self._slots.close()
-        return stats
 
     def _close_ring(self, _message: object) -> wire.RingClosed:
         self._close_outgrown()
@@ -279,10 +280,13 @@ class Agent:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+        self._let_go_of_slots()  # not before the ring: its device may still copy out of them
+        return wire.RingClosed()
+
+    def _let_go_of_slots(self) -> None:
         slots, self._slots = self._slots, None
         if slots is not None:
-            slots.close()  # not before the ring: its device may still copy out of them
-        return wire.RingClosed()
+            slots.close()
 
     def _close_outgrown(self) -> None:
         while self._outgrown:
@@ -330,7 +334,7 @@ def _first_line() -> bytes:
 def _check_parent() -> None:
     readable, _, _ = select.select([0], [], [], 0)
     if readable and not os.read(0, 1):
-        raise PeerLost("the controller closed its end: it is gone")
+        raise ControllerLost("the controller closed its end: it is gone")
 
 
 def _is_orphan(parent: int) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ckpt_core import wire
 from ckpt_core.conversation import Conversation
+from ckpt_core.errors import PeerLost
 from ckpt_core.fleet_plan import FleetPlan, Hosts
 from ckpt_core.plan import Plan
 from ckpt_core.relay import Relay
@@ -76,8 +77,15 @@ class AgentPeers:
     def check_alive(self) -> None:
         """Raise PeerLost where a process has ended."""
 
+    @property
+    def replaced(self) -> Mapping[bytes, str]:
+        """Agents whose place another one took, so that they are gone, by what to call them."""
+        return {}
+
     def check_replaced(self) -> None:
-        """Raise PeerLost where another one took an agent's place."""
+        """Raise PeerLost where there are such."""
+        for name in self.replaced.values():
+            raise PeerLost(f"{name} died during the update; look into its log, then update again")
 
     def host_of(self, info: wire.ProcessInfo, who: str) -> int:
         """Number of the host whose rings a rank can map.
@@ -124,7 +132,8 @@ class AgentPeers:
 
     def close_rings(self, *, timeout_s: float) -> None:
         """Give ring memory back in every agent, also in the middle of a transfer."""
-        asks: Mapping[bytes, wire.AnyMessage] = dict.fromkeys(self.peers, wire.Abort(cause="the update is over"))
+        alive = [peer for peer in self.peers if peer not in self.replaced]
+        asks: Mapping[bytes, wire.AnyMessage] = dict.fromkeys(alive, wire.Abort(cause="the update is over"))
         replies = self._conversation.ask(asks, wire.RingClosed, timeout_s=timeout_s, patient=True)
         self._stuck = self._stuck or len(replies) < len(self.peers)
 

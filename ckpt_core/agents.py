@@ -45,7 +45,7 @@ class AgentGroup(AgentPeers):
         super().__init__(conversation)
         self.devices = tuple(devices)
         self._token = token
-        conversation.listen_to(token)
+        conversation.listen_to(token, agents=True)
         self._directory = private_directory(directory, "agents-")
         self._children = [
             spawn(

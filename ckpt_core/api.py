@@ -246,6 +246,7 @@ class Updater:
 
     def _stop_agents(self) -> None:
         agents, self._agents, self._known_plan = self._agents, None, None
+        self._talk.watches.clear()
         if agents is not None:
             agents.stop()
 
@@ -254,7 +255,8 @@ class Updater:
         if not isinstance(checkpoint, Mapping):
             yield open_checkpoint(checkpoint)
             return
-        if checkpoint and all(getattr(tensor, "is_cuda", False) for tensor in checkpoint.values()):
+        on_gpu = checkpoint and all(getattr(tensor, "is_cuda", False) for tensor in checkpoint.values())
+        if on_gpu and self._cluster is None:  # parts of what is on a GPU cannot be packed for other hosts
             exported = export_tensors(checkpoint)
             if exported is not None:
                 yield exported.index

@@ -80,6 +80,10 @@ class Hub:
                 del self._received[peer]
             self._sent.pop(peer, None)
 
+    def token_of(self, peer: bytes) -> str:
+        """That a peer came with; "" for one that is not known."""
+        return self._token_of.get(peer, "")
+
     def send(self, peer: bytes, body: wire.AnyMessage) -> None:
         """Queue a message for a peer; one that is not known (any more) gets nothing."""
         if peer not in self._token_of:
@@ -165,12 +169,14 @@ class Line:
 
         Raises:
             RendezvousTimeout: the controller has been silent for too long.
-            PeerLost: it is watched, and gone.
+            ControllerLost: it is watched, and gone.
         """
         deadline = time.monotonic() + timeout_s
         while True:
             if self._events is not None and self._events.poll(0):
-                raise PeerLost("the connection to the controller ended: it is gone, or this is another cluster's key")
+                raise ControllerLost(
+                    "the connection to the controller ended: it is gone, or this is another cluster's key"
+                )
             left_ms = max(0, int((deadline - time.monotonic()) * 1000))
             if self._socket.poll(left_ms):
                 if not isinstance(message := self._take(), wire.Ping):
@@ -202,6 +208,8 @@ class Line:
         message = self.poll()
         if isinstance(message, wire.Abort):
             raise AbortRequested(message.cause)
+        if isinstance(message, wire.Stop):
+            raise StopRequested("the controller ended this process")
         if message is not None:
             raise TransportError(f"unexpected {type(message).__name__} from the controller during a transfer")
 
@@ -214,6 +222,14 @@ class Line:
 
 class AbortRequested(TransportError):
     """The controller ended the update; the text is its cause."""
+
+
+class StopRequested(TransportError):
+    """The controller has no use for this process any more."""
+
+
+class ControllerLost(PeerLost):
+    """It is gone, and with it the reason for this process."""
 
 
 def _serve_curve(socket: zmq.Socket[bytes], cluster: ClusterKey) -> None:

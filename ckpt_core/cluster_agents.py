@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ckpt_core import process, wire
 from ckpt_core.agent_peers import AgentHost, AgentPeers, PreparedPool, shares
 from ckpt_core.config import Reading
 from ckpt_core.conversation import Conversation
-from ckpt_core.errors import ConfigError, PeerLost, RendezvousTimeout, TransportError
+from ckpt_core.errors import ConfigError, RendezvousTimeout, TransportError
 from ckpt_core.fleet_plan import Holders, Hosts
 from ckpt_core.manifest import Manifest
 from ckpt_core.routing.columns import ints
@@ -33,7 +33,7 @@ class ClusterAgents(AgentPeers):
         super().__init__(conversation)
         self._reading = reading
         self._token = token
-        conversation.listen_to(token)
+        conversation.listen_to(token, agents=True)
 
     def join(self, hosts: int, timeout_s: float) -> None:
         """Wait for all agents of that many hosts.
@@ -122,28 +122,27 @@ class ClusterAgents(AgentPeers):
     def alive(self) -> bool:
         """See AgentPeers; and whether none of them was started anew since."""
         self._conversation.idle_until(lambda: False, timeout_s=0.0)
-        return super().alive and not self._replaced()
+        return super().alive and not self.replaced
 
-    def check_replaced(self) -> None:
+    @property
+    def replaced(self) -> Mapping[bytes, str]:
         """See AgentPeers: a service starts an agent anew when the one before is gone."""
-        if replaced := self._replaced():
-            raise PeerLost(f"agent {replaced} died during the update; look into its log, then update again")
-
-    def _replaced(self) -> str:
-        mine = set(self.peers)
-        places = {
-            (_key(hello.process), hello.address, hello.agent)
-            for peer, hello in self._conversation.agents.items()
-            if peer in mine
+        known = self._conversation.agents
+        mine = {_place(known[peer]): peer for peer in self.peers if peer in known}
+        taken = {_place(hello): hello for peer, hello in known.items() if peer not in self.peers}
+        return {
+            mine[place]: f"agent {hello.agent} of host {hello.process.host} ({hello.address})"
+            for place, hello in taken.items()
+            if place in mine
         }
-        for peer, hello in self._conversation.agents.items():
-            if peer not in mine and (_key(hello.process), hello.address, hello.agent) in places:
-                return f"{hello.agent} of host {hello.process.host} ({hello.address})"
-        return ""
 
 
 def _key(info: wire.ProcessInfo) -> _HostKey:
     return info.boot_id, info.ipc_namespace, info.net_namespace
+
+
+def _place(hello: wire.AgentHello) -> tuple[_HostKey, str, int]:
+    return _key(hello.process), hello.address, hello.agent
 
 
 def _complete(hellos: dict[bytes, wire.AgentHello]) -> Sequence[AgentHost]:

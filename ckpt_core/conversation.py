@@ -43,6 +43,7 @@ class Conversation:
         self.on_progress: Callable[[str, wire.Progress], None] = lambda _name, _progress: None
         self.watches: list[Callable[[], None]] = []
         self.agents: dict[bytes, wire.AgentHello] = {}
+        self._agent_tokens: set[str] = set()
         self._farewell: wire.AnyMessage | None = None
 
     @property
@@ -143,9 +144,11 @@ class Conversation:
             self.agents.pop(peer, None)
         self._inbox = deque(item for item in self._inbox if item[0] not in gone)
 
-    def listen_to(self, token: str) -> None:
-        """Admit peers that carry this token from now on."""
+    def listen_to(self, token: str, *, agents: bool = False) -> None:
+        """Admit peers that carry this token from now on; with `agents`, also as agents."""
         self._hub.allow(token)
+        if agents:
+            self._agent_tokens.add(token)
 
     def dismiss(self, peers: Iterable[bytes], token: str = "") -> None:
         """Forget those peers, and listen to nobody with their token any more, if it is given."""
@@ -188,7 +191,7 @@ class Conversation:
             elif isinstance(message, wire.Failure) and (minded is None or peer in minded):
                 raise failure_of(self._names.get(peer, "an unknown peer"), message)
             else:
-                if isinstance(message, wire.AgentHello):
+                if isinstance(message, wire.AgentHello) and self._hub.token_of(peer) in self._agent_tokens:
                     self.agents[peer] = message
                 yield peer, message
         self._check_alive(minded)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ckpt_core.shm import private_directory, remove_directory
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.2
+_SHORT_S, _LATER_S = 2.0, 5.0
 _STOP_TIMEOUT_S = 5.0
 _SILENCE_S = 24 * 3600.0  # between updates nobody talks; a controller that is gone is noticed by its connection
 
@@ -52,6 +54,8 @@ class HostService:
         self._nic_gb_s = nic_gb_s
         self._log_level = log_level
         self._agents: list[tuple[subprocess.Popen[bytes], Path]] = []
+        self._started = [0.0] * len(self._devices)
+        self._again_at = [0.0] * len(self._devices)  # of those that ended at once
 
     def __enter__(self) -> HostService:
         self._agents = [self._start(index) for index in range(len(self._devices))]
@@ -79,15 +83,22 @@ class HostService:
 
     def _renew(self) -> None:
         for index, (child, directory) in enumerate(self._agents):
-            if (status := child.poll()) is not None:
-                _log.info("agent %d ended with status %d; starting another", index, status)
-                assert child.stdin is not None
-                child.stdin.close()
-                remove_directory(directory)  # what a killed one could not remove
-                self._agents[index] = self._start(index)
+            if (status := child.poll()) is None or time.monotonic() < self._again_at[index]:
+                continue
+            failed_at_once = status and time.monotonic() - self._started[index] < _SHORT_S
+            if failed_at_once and not self._again_at[index]:
+                _log.warning("agent %d ended at once with status %d; its standard error says why", index, status)
+                self._again_at[index] = time.monotonic() + _LATER_S
+                continue
+            assert child.stdin is not None
+            child.stdin.close()
+            remove_directory(directory)  # what a killed one could not remove
+            self._again_at[index] = 0.0
+            self._agents[index] = self._start(index)
 
     def _start(self, index: int) -> tuple[subprocess.Popen[bytes], Path]:
         directory = private_directory(self._memory_root, "ckpt-")
+        self._started[index] = time.monotonic()
         child = spawn(
             AgentConfig(
                 address=self._key.address,

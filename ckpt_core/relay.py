@@ -30,11 +30,13 @@ class Departure(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     Attributes:
         outlet: which of `Relay.outlets` it goes to.
+        to_seq: its number in the ring of that agent.
         seq: of the arrival that is passed on, or FROM_POOL.
         bucket: what is sent from the pool; None for what came in.
     """
 
     outlet: int
+    to_seq: int
     seq: int = FROM_POOL
     bucket: Bucket | None = None
 

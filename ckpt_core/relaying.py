@@ -17,6 +17,7 @@ import xxhash
 
 from ckpt_core.bucket import Bucket
 from ckpt_core.device import Device, HostBytes, Unlock
+from ckpt_core.errors import CapacityError
 from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing
 from ckpt_core.polling import Poller
@@ -41,11 +42,19 @@ class Slots:
 
     def __init__(self, count: int, size_bytes: int, device: Device) -> None:
         self.free: list[HostBytes] = []
+        self._memory: HostBytes | None = None  # it must not go before it is unlocked
         self._unlock: Unlock | None = None
         if count:
             # shared, though nobody shares it: private pages are locked at a tenth of the speed
-            memory = np.frombuffer(mmap.mmap(-1, count * max(size_bytes, 1)), dtype=np.uint8)
+            try:
+                memory = np.frombuffer(mmap.mmap(-1, count * max(size_bytes, 1)), dtype=np.uint8)
+            except OSError as error:
+                raise CapacityError(
+                    f"no room for {count} buckets of {size_bytes} bytes on their way between hosts ({error.strerror}); free "
+                    "memory, or take smaller buckets"
+                ) from error
             self._unlock = device.lock(memory)
+            self._memory = memory
             self.free = list(memory.reshape(count, -1))
 
     def close(self) -> None:
@@ -54,6 +63,7 @@ class Slots:
         unlock, self._unlock = self._unlock, None
         if unlock is not None:
             unlock()
+        self._memory = None
 
 
 def slots_for(outgoing: Outgoing, relay: Relay, device: Device) -> Slots:
@@ -206,7 +216,7 @@ class _Loop:
             while expected:
                 held = self._held[expected[0]]
                 if not inlet.busy:
-                    inlet.expect(held.bytes.data)
+                    inlet.expect(held.bytes.data, expected[0])
                 some, digest = inlet.pump()
                 moved |= some
                 if digest is None:
@@ -238,13 +248,13 @@ class _Loop:
         outlet = self._outlets[number]
         if departure.bucket is not None:
             packed = self._pack(departure.bucket, self._packs[number])
-            outlet.start(packed.data, xxhash.xxh3_64_intdigest(packed.data))
+            outlet.start(packed.data, xxhash.xxh3_64_intdigest(packed.data), departure.to_seq)
             self._sent += packed.size
             return True
         held = self._held.get(departure.seq)
         if held is None or held.digest is None:
             return False
-        outlet.start(held.bytes.data, held.digest)
+        outlet.start(held.bytes.data, held.digest, departure.to_seq)
         self._sent += held.bytes.size
         return True
 

@@ -99,6 +99,7 @@ class Session:
             CkptError: bad input, found before anything was paused.
             UpdateAborted: anything later; says what the engines hold now.
         """
+        self._talk.watches.append(self._agents.check_replaced)  # cleared by commit, undo, or who stops the agents
         manifest = self._prepare()
         self._rings = self._open_rings(manifest)
         self._move(SessionState.PLANNED)
@@ -161,7 +162,7 @@ class Session:
         with self._watch.stage(Stage.ATTACH):
             self._agents.check_alive()
             self._talk.listen_to(self._token)
-            self._talk.watches += [self._fleet.check_attached, self._agents.check_replaced]
+            self._talk.watches.append(self._fleet.check_attached)
             self._fleet.attach(self._rendezvous)
             timeout_s = self._config.attach_timeout_s
             self._talk.admit(wire.RankHello, count, timeout_s=timeout_s, who="rank", into=self._hellos)

@@ -50,14 +50,21 @@ def host_plans(
         ring_bytes: size of each ring; grows to the largest bucket.
     """
     places = _Places(routed, agents)
-    made = []
+    plans, seqs = [], []
     for view in places.views:
-        rows = [layouts[rank] for rank in places.ranks_of(view.host)]
-        plan, seqs = _plan_of(places, manifest, view, rows, ring_bytes)
-        relays = tuple(_relay(places, manifest, view, agent, seqs) for agent in range(agents[view.host]))
-        comes_in = view.buckets[view.sender != NONE]
-        made.append(HostPlan(plan=plan, relays=relays, network_bytes=int(routed.packed.size_bytes[comes_in].sum())))
-    return tuple(made)
+        plan, its_seqs = _plan_of(
+            places, manifest, view, [layouts[rank] for rank in places.ranks_of(view.host)], ring_bytes
+        )
+        plans.append(plan)
+        seqs.append(its_seqs)
+    return tuple(
+        HostPlan(
+            plan=plan,
+            relays=tuple(_relay(places, manifest, view, agent, seqs) for agent in range(agents[view.host])),
+            network_bytes=int(routed.packed.size_bytes[view.buckets[view.sender != NONE]].sum()),
+        )
+        for plan, view in zip(plans, places.views, strict=True)
+    )
 
 
 class _Places:
@@ -168,7 +175,8 @@ def _unless_all(box: Box, shape: tuple[int, ...]) -> Box | None:
     return None if box.shape == shape else box
 
 
-def _relay(places: _Places, manifest: Manifest, view: HostView, agent: int, seqs: Mapping[int, int]) -> Relay:
+def _relay(places: _Places, manifest: Manifest, view: HostView, agent: int, seqs: Sequence[Mapping[int, int]]) -> Relay:
+    """`seqs`: by host, the number that each bucket has in its agent's ring there."""
     routed = places.routed
     inlets: dict[int, int] = {}
     outlets: dict[int, int] = {}
@@ -178,16 +186,18 @@ def _relay(places: _Places, manifest: Manifest, view: HostView, agent: int, seqs
     mine = (view.gpu == agent) & (view.sender != NONE)
     for bucket, sender, following, turn in zip(*(column[mine].tolist() for column in columns), strict=True):
         before = places.number(sender, places.sender(bucket, sender, int(routed.lanes.owner[bucket])))
-        arrivals.append(Arrival(seq=seqs[bucket], inlet=inlets.setdefault(before, len(inlets))))
+        arrivals.append(Arrival(seq=seqs[view.host][bucket], inlet=inlets.setdefault(before, len(inlets))))
         turns.append(turn)
         if following != NONE:
             outlet = outlets.setdefault(places.number(following, places.of(bucket, following)), len(outlets))
-            departures.append((turn, bucket, Departure(outlet=outlet, seq=seqs[bucket])))
+            there = seqs[following][bucket]
+            departures.append((turn, bucket, Departure(outlet=outlet, to_seq=there, seq=seqs[view.host][bucket])))
     for bucket, to in zip(view.sends.tolist(), view.sends_to.tolist(), strict=True):
         if places.sender(bucket, view.host, view.host) == agent:
             outlet = outlets.setdefault(places.number(to, places.of(bucket, to)), len(outlets))
             content = bucket_of(routed, manifest, bucket, bucket)
-            departures.append((int(routed.lanes.slot[bucket]), bucket, Departure(outlet=outlet, bucket=content)))
+            slot, there = int(routed.lanes.slot[bucket]), seqs[to][bucket]
+            departures.append((slot, bucket, Departure(outlet=outlet, to_seq=there, bucket=content)))
     return Relay(
         inlets=tuple(inlets),
         outlets=tuple(outlets),

@@ -1,6 +1,6 @@
 """Connections between agents of different hosts: buckets one after the other over TCP, never waiting, each with its digest.
 
-Who sends what to whom in which order is known on both sides, so that a frame is a length, a digest and the bytes. A
+Who sends what to whom in which order is known on both sides; a frame says its length, digest and number all the same. A
 connection lives for one update: what an aborted one left on the way is gone with it. Bytes are not encrypted (nor are those
 of NCCL or RDMA): a connection is taken only from who knows the update's secret, and a byte that changed is noticed.
 """
@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hmac import compare_digest
 
 import xxhash
@@ -25,17 +25,17 @@ from ckpt_core.wire import Links
 
 _log = logging.getLogger(__name__)
 _HELLO = struct.Struct("<32sI")  # secret, number of the agent
-_HEAD = struct.Struct("<QQ")  # bytes, xxh3-64 of them
+_HEAD = struct.Struct("<QQQ")  # bytes, xxh3-64 of them, number in the ring that they are for
 _AT_ONCE = 4 << 20
 _CONNECT_S = 20.0
-_GREETING_S = 1.0
+_LOOK_EVERY_S = 0.1
 
 
 class Outlet:
     """The way to one agent: one bucket at a time."""
 
     def __init__(self, connection: socket.socket, peer: int) -> None:
-        connection.setblocking(False)
+        _keep_alive(connection)
         self._connection = connection
         self._pending: deque[memoryview] = deque()
         self.peer = peer
@@ -49,9 +49,9 @@ class Outlet:
         """For select."""
         return self._connection.fileno()
 
-    def start(self, payload: memoryview, digest: int) -> None:
-        """Begin to send; the payload must stay as it is until the outlet is idle."""
-        self._pending.append(memoryview(_HEAD.pack(len(payload), digest)))
+    def start(self, payload: memoryview, digest: int, seq: int) -> None:
+        """Begin to send bucket `seq` of the receiver's ring; the payload must stay as it is until the outlet is idle."""
+        self._pending.append(memoryview(_HEAD.pack(len(payload), digest, seq)))
         if len(payload):
             self._pending.append(payload)
 
@@ -64,7 +64,7 @@ class Outlet:
             except BlockingIOError:
                 return moved
             except OSError as error:
-                raise _lost(self.peer, error) from error
+                raise _lost(self._connection, self.peer, error) from error
             moved = True
             if sent == len(self._pending[0]):
                 self._pending.popleft()
@@ -82,10 +82,11 @@ class Inlet:
     """The way from one agent: filled into the places that it is given, in order."""
 
     def __init__(self, connection: socket.socket, peer: int) -> None:
-        connection.setblocking(False)
+        _keep_alive(connection)
         self._connection = connection
         self._head = bytearray()
         self._digest = 0
+        self._seq = 0
         self._place: memoryview | None = None
         self._filled = 0
         self.peer = peer
@@ -99,9 +100,9 @@ class Inlet:
         """For select."""
         return self._connection.fileno()
 
-    def expect(self, place: memoryview) -> None:
-        """The next bucket goes here; it has exactly this size."""
-        self._place, self._filled = place, 0
+    def expect(self, place: memoryview, seq: int) -> None:
+        """The next bucket goes here; it has exactly this size, and this number in the ring."""
+        self._place, self._filled, self._seq = place, 0, seq
         self._head.clear()
 
     def pump(self) -> tuple[bool, int | None]:
@@ -118,11 +119,11 @@ class Inlet:
             while len(self._head) < _HEAD.size:
                 self._head += self._checked(self._connection.recv(_HEAD.size - len(self._head)))
                 moved = True
-            size, self._digest = _HEAD.unpack(self._head)
-            if size != len(self._place):
+            size, self._digest, seq = _HEAD.unpack(self._head)
+            if (seq, size) != (self._seq, len(self._place)):
                 raise TransportError(
-                    f"agent {self.peer} sent a bucket of {size} bytes, expected {len(self._place)}; all hosts must follow one "
-                    "plan: install the same ckpt-core on all"
+                    f"agent {self.peer} sent bucket {seq} of {size} bytes, expected {self._seq} of {len(self._place)}; all hosts "
+                    "must follow one plan: install the same ckpt-core on all"
                 )
             while self._filled < size:
                 got = self._connection.recv_into(self._place[self._filled :], min(size - self._filled, _AT_ONCE))
@@ -133,7 +134,7 @@ class Inlet:
         except BlockingIOError:
             return moved, None
         except OSError as error:
-            raise _lost(self.peer, error) from error
+            raise _lost(self._connection, self.peer, error) from error
         return True, self._finish()
 
     def _finish(self) -> int:
@@ -148,7 +149,7 @@ class Inlet:
 
     def _checked(self, data: bytes) -> bytes:
         if not data:
-            raise _lost(self.peer, None)
+            raise _lost(self._connection, self.peer, None)
         return data
 
     def close(self) -> None:
@@ -171,29 +172,44 @@ class _Port:
         self.address = address
         self.port: int = self._listening.getsockname()[1]
 
-    def accept(self, secret: bytes, expected: Sequence[int], deadline: float) -> list[Inlet]:
-        """Connections of these agents, in that order.
+    def accept(self, secret: bytes, expected: Sequence[int], deadline: float, check: Callable[[], None]) -> list[Inlet]:
+        """Connections of these agents, in that order. Who says nothing, or something else, keeps nobody waiting.
 
         Raises:
             RendezvousTimeout: not all came before `deadline`, by `time.monotonic()`.
         """
         found: dict[int, Inlet] = {}
-        while missing := [peer for peer in expected if peer not in found]:
-            left = deadline - time.monotonic()
-            ready, _, _ = select.select([self._listening], [], [], max(left, 0.0))
-            if not ready:
-                for inlet in found.values():
-                    inlet.close()
-                raise RendezvousTimeout(
-                    f"agents {missing} did not connect to {self.address}; do they reach it, and does a firewall let them?"
-                )
-            connection, _ = self._listening.accept()
-            peer = _greeted(connection, secret)
-            if peer in missing:
-                found[peer] = Inlet(connection, peer)
-            else:
-                connection.close()
+        strangers: dict[socket.socket, bytes] = {}
+        try:
+            while missing := [peer for peer in expected if peer not in found]:
+                check()
+                if time.monotonic() > deadline:
+                    raise RendezvousTimeout(
+                        f"agents {missing} did not connect to {self.address}; do they reach it, and does a firewall let them?"
+                    )
+                ready, _, _ = select.select([self._listening, *strangers], [], [], _LOOK_EVERY_S)
+                for end in ready:
+                    if end is self._listening:
+                        self._take(strangers)
+                    elif (peer := _greeted(end, strangers, secret)) is not None:
+                        if peer in missing and peer not in found:
+                            found[peer] = Inlet(end, peer)
+                        else:
+                            end.close()
+        except BaseException:
+            for inlet in found.values():
+                inlet.close()
+            raise
+        finally:
+            for stranger in strangers:
+                stranger.close()
         return [found[peer] for peer in expected]
+
+    def _take(self, strangers: dict[socket.socket, bytes]) -> None:
+        with contextlib.suppress(OSError):  # it may have hung up before it was taken
+            connection, _ = self._listening.accept()
+            connection.setblocking(False)
+            strangers[connection] = b""
 
     def close(self) -> None:
         """Listen no more. Idempotent."""
@@ -229,15 +245,18 @@ class Neighbours:
         for peer, address in zip(relay.outlets, links.ports, strict=True):
             self._outlets.append(connect(address, peer=peer, links=links, deadline=deadline))
 
-    def meet(self, relay: Relay) -> tuple[list[Inlet], list[Outlet]]:
+    def meet(self, relay: Relay, check: Callable[[], None]) -> tuple[list[Inlet], list[Outlet]]:
         """Inlets and outlets of the relay, in its order.
+
+        Args:
+            check: called now and then; raises to end the wait.
 
         Raises:
             RendezvousTimeout: an agent that should send did not connect.
         """
         assert self._links is not None, "connect comes first"
         secret = self._links.secret.encode()
-        self._inlets = self._port.accept(secret, relay.inlets, time.monotonic() + _CONNECT_S)
+        self._inlets = self._port.accept(secret, relay.inlets, time.monotonic() + _CONNECT_S, check)
         return self._inlets, self._outlets
 
     def close(self) -> None:
@@ -275,16 +294,18 @@ def connect(address: str, *, peer: int, links: Links, deadline: float) -> Outlet
     return Outlet(connection, peer)
 
 
-def _greeted(connection: socket.socket, secret: bytes) -> int:
-    """Number of who knows the secret, else -1. Who does not say so at once holds up the others."""
-    deadline = time.monotonic() + _GREETING_S
-    said = b""
-    with contextlib.suppress(OSError):
-        while len(said) < _HELLO.size:
-            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-            if not (more := connection.recv(_HELLO.size - len(said))):
-                break
-            said += more
+def _greeted(end: socket.socket, strangers: dict[socket.socket, bytes], secret: bytes) -> int | None:
+    """Number of who has said all and knows the secret, -1 of who does not; None while there is more to come."""
+    try:
+        more = end.recv(_HELLO.size - len(strangers[end]))
+    except BlockingIOError:
+        return None
+    except OSError:
+        more = b""
+    said = strangers[end] = strangers[end] + more
+    if more and len(said) < _HELLO.size:
+        return None
+    del strangers[end]
     if len(said) == _HELLO.size:
         claimed, peer = _HELLO.unpack(said)
         if compare_digest(claimed, secret):
@@ -293,8 +314,25 @@ def _greeted(connection: socket.socket, secret: bytes) -> int:
     return -1
 
 
-def _lost(peer: int, error: OSError | None) -> PeerLost:
+def _keep_alive(connection: socket.socket) -> None:
+    """Never blocks from now on; a host that vanished is noticed by who waits for it. (TCP_USER_TIMEOUT would also end a
+    connection to a host that lives and is slow.)"""
+    connection.setblocking(False)
+    if connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 4)):
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _lost(connection: socket.socket, peer: int, error: OSError | None) -> PeerLost:
+    with contextlib.suppress(OSError):
+        at = connection.getpeername()
+        return _gone(peer, f" at {at[0]}" if at else "", error)
+    return _gone(peer, "", error)
+
+
+def _gone(peer: int, where: str, error: OSError | None) -> PeerLost:
     why = f" ({error.strerror})" if error is not None else ""
     return PeerLost(
-        f"the connection to agent {peer} broke{why}: it died, or its host did; look into its log, then update again"
+        f"the connection to agent {peer} broke{why}: it{where} died, or its host did; look into its log, then update again"
     )

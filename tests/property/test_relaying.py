@@ -119,7 +119,7 @@ class Update:
         host, agent = self.agents[number]
         relay, pool, neighbours = self.relay(number), self.pools[number], self.neighbours[number]
         neighbours.connect(relay, Links(agent=number, secret=self.secrets[number], ports=tuple(self.ports[number])))
-        inlets, outlets = neighbours.meet(relay)
+        inlets, outlets = neighbours.meet(relay, lambda: None)
         arriving = {arrival.seq for arrival in relay.arrivals}
         outgoing = Outgoing(
             self.plan.plans[host], agent, pool, self.manifest, is_source=lambda step: step.seq not in arriving
@@ -337,7 +337,7 @@ def sender_of(update):
     return next(number for number in range(len(update.agents)) if update.relay(number).outlets)
 
 
-HELLO_BYTES, HEAD_BYTES = 36, 16
+HELLO_BYTES, HEAD_BYTES = 36, 24
 
 
 def flipped(place_of_flip):
@@ -359,7 +359,7 @@ def test_a_byte_that_changes_on_the_way_is_noticed_by_who_takes_it(update_of, in
     assert f"a bucket from agent {sender} arrived with digest" in str(error)
 
 
-@pytest.mark.parametrize(("place", "says"), [(0, "sent a bucket of"), (8, "arrived with digest")])
+@pytest.mark.parametrize(("place", "says"), [(0, "sent bucket"), (8, "arrived with digest"), (16, "sent bucket")])
 def test_a_head_that_changes_on_the_way_is_noticed(update_of, place, says):
     update = update_of()
     peer = between(update, sender_of(update), 0, flipped(HELLO_BYTES + place))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 import torch
 
@@ -17,12 +18,13 @@ from ckpt_core.agent import AgentConfig
 from ckpt_core.agents import AgentGroup
 from ckpt_core.channel import Hub
 from ckpt_core.conversation import Conversation
+from ckpt_core.dtypes import DType
 from ckpt_core.errors import CkptError, ManifestError, PeerLost, TransportError
 from ckpt_core.fleet_plan import FleetPlan
 from ckpt_core.layout import whole_layout
 from ckpt_core.manifest import Manifest, content_digest
 from ckpt_core.plan import make_plan
-from ckpt_core.source import stage_tensors
+from ckpt_core.source import Extent, SourceFile, SourceIndex, stage_tensors
 
 WAIT_S = 30.0
 
@@ -225,3 +227,25 @@ def test_no_secret_is_in_the_process_list(start):
 def test_an_agent_imports_no_torch(start):
     child = start()
     assert "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text()
+
+
+def test_an_agent_that_digests_hears_that_it_is_to_stop(group_of, talk, tmp_path):
+    part, parts = 1 << 30, 6  # each takes some tenths of a second: it looks for messages in between
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(part * parts)
+    source = SourceFile.of(tmp_path / "large")
+    extents = tuple(
+        Extent(name=f"t{number}", dtype=DType.U8, shape=(part,), file=0, offset_bytes=number * part, size_bytes=part)
+        for number in range(parts)
+    )
+    group = group_of()
+    (peer,), (pid,) = group.peers, group.pids
+    began = []
+    talk.on_progress = lambda _name, progress: began.append(progress)
+    index = SourceIndex(files=(source,), extents=extents)
+    talk.tell(peer, wire.Prepare(index=index, digest=tuple(extent.name for extent in extents)))
+    talk.idle_until(lambda: bool(began), timeout_s=WAIT_S)
+    assert began[0].done_bytes < part * parts
+    talk.tell(peer, wire.Stop())
+    talk.idle_until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, timeout_s=WAIT_S)
+    assert psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

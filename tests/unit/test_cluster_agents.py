@@ -185,6 +185,19 @@ def test_a_service_that_was_started_again_with_fewer_agents_is_complete(agents_o
     assert len(agents.peers) == 1
 
 
+def test_who_comes_with_another_token_is_no_agent(agents_of, talk, hub):
+    agents_of()
+    talk.listen_to("of a rank")
+    with Line(hub.address, "of a rank", WAIT_S) as line:
+        line.send(wire.AgentHello(agent=0, process=at("1"), address="10.0.0.1"))
+        line.send(wire.Progress(done_bytes=7))
+        told = []
+        talk.on_progress = lambda _name, progress: told.append(progress)
+        talk.idle_until(lambda: bool(told), timeout_s=WAIT_S)
+    assert told
+    assert talk.agents == {}
+
+
 def test_more_hosts_than_are_to_take_part_are_refused_by_name(agents_of, dial):
     agents = agents_of()
     dial("1")

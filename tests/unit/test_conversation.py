@@ -230,6 +230,7 @@ def test_a_process_on_another_host_is_not_watched_as_one_of_this(talk, dial, chi
 
 def test_agents_are_known_whether_or_not_anybody_waited_for_them(talk, dial):
     hello = wire.AgentHello(agent=3, process=process.current(), count=4, address="10.0.0.1")
+    talk.listen_to("t", agents=True)
     dial().send(hello)
     talk.idle_until(lambda: bool(talk.agents), timeout_s=WAIT_S)
     ((peer, known),) = talk.agents.items()

@@ -71,7 +71,7 @@ RELAY = Relay(
     inlets=(3,),
     outlets=(4, 5),
     arrivals=(Arrival(seq=1, inlet=0), Arrival(seq=3, inlet=0)),
-    departures=(Departure(outlet=0, bucket=PLAN.steps[0].bucket), Departure(outlet=1, seq=3)),
+    departures=(Departure(outlet=0, to_seq=1, bucket=PLAN.steps[0].bucket), Departure(outlet=1, to_seq=2, seq=3)),
     slots=2,
 )
 LINKS = wire.Links(agent=2, secret="0" * 32, ports=("10.0.0.2:1", "[::1]:2"))
