@@ -35,7 +35,7 @@ class Outlet:
     """The way to one agent: one bucket at a time."""
 
     def __init__(self, connection: socket.socket, peer: int) -> None:
-        _keep_alive(connection)
+        self._at = _prepared(connection)
         self._connection = connection
         self._pending: deque[memoryview] = deque()
         self.peer = peer
@@ -64,7 +64,7 @@ class Outlet:
             except BlockingIOError:
                 return moved
             except OSError as error:
-                raise _lost(self._connection, self.peer, error) from error
+                raise _lost(self.peer, self._at, error) from error
             moved = True
             if sent == len(self._pending[0]):
                 self._pending.popleft()
@@ -82,7 +82,7 @@ class Inlet:
     """The way from one agent: filled into the places that it is given, in order."""
 
     def __init__(self, connection: socket.socket, peer: int) -> None:
-        _keep_alive(connection)
+        self._at = _prepared(connection)
         self._connection = connection
         self._head = bytearray()
         self._digest = 0
@@ -134,7 +134,7 @@ class Inlet:
         except BlockingIOError:
             return moved, None
         except OSError as error:
-            raise _lost(self._connection, self.peer, error) from error
+            raise _lost(self.peer, self._at, error) from error
         return True, self._finish()
 
     def _finish(self) -> int:
@@ -149,7 +149,7 @@ class Inlet:
 
     def _checked(self, data: bytes) -> bytes:
         if not data:
-            raise _lost(self._connection, self.peer, None)
+            raise _lost(self.peer, self._at, None)
         return data
 
     def close(self) -> None:
@@ -314,25 +314,22 @@ def _greeted(end: socket.socket, strangers: dict[socket.socket, bytes], secret: 
     return -1
 
 
-def _keep_alive(connection: socket.socket) -> None:
-    """Never blocks from now on; a host that vanished is noticed by who waits for it. (TCP_USER_TIMEOUT would also end a
-    connection to a host that lives and is slow.)"""
+def _prepared(connection: socket.socket) -> str:
+    """Make it never block, and notice a host that vanished; where it goes. (TCP_USER_TIMEOUT would also end a connection to
+    a host that lives and is slow.)"""
     connection.setblocking(False)
-    if connection.family != socket.AF_UNIX:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 4)):
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    if connection.family == socket.AF_UNIX:
+        return "this host"
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 4)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    with contextlib.suppress(OSError):  # it may have ended already
+        return str(connection.getpeername()[0])
+    return "an unknown host"
 
 
-def _lost(connection: socket.socket, peer: int, error: OSError | None) -> PeerLost:
-    with contextlib.suppress(OSError):
-        at = connection.getpeername()
-        return _gone(peer, f" at {at[0]}" if at else "", error)
-    return _gone(peer, "", error)
-
-
-def _gone(peer: int, where: str, error: OSError | None) -> PeerLost:
+def _lost(peer: int, at: str, error: OSError | None) -> PeerLost:
     why = f" ({error.strerror})" if error is not None else ""
     return PeerLost(
-        f"the connection to agent {peer} broke{why}: it{where} died, or its host did; look into its log, then update again"
+        f"the connection to agent {peer} broke{why}: it died, or its host {at} did; look into its log, then update again"
     )

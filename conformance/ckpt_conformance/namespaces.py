@@ -47,6 +47,14 @@ class NetHost:
         """Bytes that went out."""
         return self._counter("rx_bytes")
 
+    def cut_off(self) -> None:
+        """Take its link down: nothing goes in or out, and nobody is told."""
+        _ip("link", "set", self.link, "down")
+
+    def connect(self) -> None:
+        """Bring its link up again."""
+        _ip("link", "set", self.link, "up")
+
     def _counter(self, name: str) -> int:
         return int(Path(f"/sys/class/net/{self.link}/statistics/{name}").read_text())
 

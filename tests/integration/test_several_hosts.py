@@ -24,6 +24,7 @@ from ckpt_core.metrics import Stage
 SHAPE = {"hidden": 384, "heads": 12, "kv_heads": 12, "head_dim": 32, "intermediate": 1152, "layers": 3}
 MBIT_S = 100
 SOON_S = 20.0
+VANISHED_S = 90.0  # keep-alive (13 s), what ranks of that host say no more (30 s), and two deadlines
 HEADERS = 1.05  # bytes on a wire, over those that were needed
 
 pytestmark = pytest.mark.skipif(bool(why := namespaces.refusal()), reason=why)
@@ -206,6 +207,29 @@ def test_a_killed_controller_leaves_no_engine_that_answers_and_the_next_one_mend
             503,
         )
     assert updater_of(cluster).update(models[1]).outcome is Outcome.COMMITTED
+    expect_second(cluster, fresh)
+
+
+def test_a_host_that_vanishes_ends_the_update_and_mends_when_it_is_back(cluster, updater_of, models, fresh, eventually):
+    gone = cluster.net.hosts[1]
+    meanwhile = in_the_middle(gone.cut_off)
+    with_deadlines = {"replay": False, "silence_timeout_s": 5.0, "commit_timeout_s": 5.0}
+    updater = updater_of(cluster, on_progress=meanwhile, **with_deadlines)
+    start = time.monotonic()
+    try:
+        with pytest.raises(UpdateAborted) as caught:
+            updater.update(models[0])
+        assert meanwhile.done
+        assert time.monotonic() - start < VANISHED_S
+        assert caught.value.outcome is Outcome.POISONED
+        assert any(gone.address in str(cause) for cause in caught.value.causes)
+    finally:
+        gone.connect()
+    for server in cluster.servers:
+        eventually(
+            lambda server=server: server.status()["state"] == "poisoned", "its ranks noticed, too", timeout_s=60.0
+        )
+    updater_of(cluster).update(models[1])
     expect_second(cluster, fresh)
 
 
