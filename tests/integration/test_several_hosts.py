@@ -211,6 +211,8 @@ def test_a_killed_controller_leaves_no_engine_that_answers_and_the_next_one_mend
 
 
 def test_a_host_that_vanishes_ends_the_update_and_mends_when_it_is_back(cluster, updater_of, models, fresh, eventually):
+    if cluster.tp > 2:
+        pytest.skip("an engine over several hosts does not outlive one of them")
     gone = cluster.net.hosts[1]
     meanwhile = in_the_middle(gone.cut_off)
     with_deadlines = {"replay": False, "silence_timeout_s": 5.0, "commit_timeout_s": 5.0}
@@ -225,6 +227,7 @@ def test_a_host_that_vanishes_ends_the_update_and_mends_when_it_is_back(cluster,
         assert any(gone.address in str(cause) for cause in caught.value.causes)
     finally:
         gone.connect()
+        updater.__exit__(None, None, None)  # one controller at a time
     for server in cluster.servers:
         eventually(
             lambda server=server: server.status()["state"] == "poisoned", "its ranks noticed, too", timeout_s=60.0
