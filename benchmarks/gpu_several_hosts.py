@@ -53,7 +53,7 @@ def main() -> None:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=140).print(table)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        options.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 
 
 def measured(options: argparse.Namespace, checkpoint: Path, keys: Path) -> list[dict[str, object]]:
