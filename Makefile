@@ -19,7 +19,7 @@ export PYTHON
 
 VENV := .venv
 BIN := $(VENV)/bin
-PARTS := lint types unit property integration conformance \
+PARTS := lint types unit property integration conformance faults \
 	venv-vllm engines-vllm conformance-vllm venv-sglang engines-sglang conformance-sglang engines-both
 # suites that need an engine or a GPU have targets of their own
 PYTEST := $(BIN)/python -m pytest -m "not engines and not gpu and not gpu2" $(PYTEST_FLAGS)
@@ -81,6 +81,10 @@ integration: venv ## tests with real processes, sockets, shared memory and netwo
 .PHONY: conformance
 conformance: venv ## the conformance suite on the reference engine
 	$(BIN)/ckpt-conformance --engine reference --level CORE
+
+.PHONY: faults
+faults: venv ## every fault at every step of an update: prints the table, writes docs/fault-matrix.md
+	$(BIN)/python tests/faults/matrix.py
 
 .PHONY: smollm2
 smollm2: venv

@@ -48,12 +48,16 @@ class Case:
     one_visible: bool = True
     record: bool = False
     digest: bool = False
+    verify: str = "none"
+    fingerprint: bool = False
     repeats: int = 7
 
     @property
     def way(self) -> str:
         """For tables."""
         way = "replay" if self.record else "cut" if self.cut else "whole"
+        way += "" if self.verify == "none" else f" {self.verify}"
+        way += " print" if self.fingerprint else ""
         return way if self.one_visible else f"{way} all-visible"
 
 
@@ -70,6 +74,9 @@ class Result:
     first_pause_s: float = 0.0
     lock_gb_s: float = 0.0
     digest_s: float = 0.0
+    host_digest_s: list[float] = field(default_factory=list)
+    verify_s: list[float] = field(default_factory=list)
+    reached: str = ""
     ring_bytes: int = 0
     gpu_overhead_mib: float = 0.0
     wrong: int = 0
@@ -100,7 +107,9 @@ COLUMNS = (
     "pause s",
     "first/steady",
     "lock GB/s",
-    "digest s",
+    "host digests s",
+    "on device s",
+    "reached",
     "GPU MiB",
     "wrong",
 )
@@ -144,9 +153,9 @@ def run_case(case: Case, checkpoint: Path, seed: int, world: int) -> Result:
     config = UpdateConfig(
         ring_bytes=case.ring_mib * MIB,
         bucket_bytes=case.bucket_mib * MIB,
-        verify=VerifyLevel.NONE,
+        verify=VerifyLevel(case.verify),
         digest_content=case.digest,
-        fingerprint=False,
+        fingerprint=case.fingerprint,
     )
     free: list[int] = []
 
@@ -186,6 +195,9 @@ def _note(result: Result, report: UpdateReport, *, first: bool) -> None:
     result.steady_s.append(report.stages["transfer"])
     result.pause_s.append(report.pause_s)
     result.ring_bytes = report.ring_bytes
+    result.host_digest_s.append(report.digest_s)
+    result.verify_s.append(max(rank.stats.digest_s + rank.stats.fingerprint_s for rank in report.ranks))
+    result.reached = report.verified
 
 
 def run_peer(script: Path, model: str, layers: int, repeats: int, world: int) -> dict[str, Any]:
@@ -221,7 +233,9 @@ def print_results(results: list[Result], peers: dict[str, dict[str, Any]], limit
             f"{statistics.median(result.pause_s):.3f}",
             f"{result.first_pause_s / statistics.median(result.pause_s):.2f}",
             f"{result.lock_gb_s:.1f}",
-            f"{result.digest_s:.2f}" if result.case.digest else "-",
+            f"{statistics.median(result.host_digest_s):.2f}" if result.case.digest else "-",
+            f"{statistics.median(result.verify_s):.4f}",
+            result.reached,
             f"{result.gpu_overhead_mib:.0f}",
             str(result.wrong),
         )
@@ -243,6 +257,8 @@ def print_results(results: list[Result], peers: dict[str, dict[str, Any]], limit
             f"{statistics.median(peer['update']):.3f}",
             f"{peer['update'][0] / statistics.median(peer['update'][1:]):.2f}",
             f"{peer['GB'] / peer['register']:.1f}",
+            "-",
+            "-",
             "-",
             "",
             "",
@@ -270,6 +286,9 @@ def main() -> None:
     parser.add_argument("--bucket", type=int, action="append", help="MiB per bucket; repeatable")
     parser.add_argument("--whole", action="store_true", help="also with whole tensors")
     parser.add_argument("--record", action="store_true", help="also with the loader recorded and replayed")
+    parser.add_argument(
+        "--verify", action="store_true", help="also with what arrives and lives compared, between two without"
+    )
     parser.add_argument("--all-visible", action="store_true", help="also with all GPUs visible to every rank")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--world", type=int, default=torch.cuda.device_count())
@@ -299,6 +318,15 @@ def main() -> None:
             cases.append(replace(cases[0], cut=False, digest=False))
         if options.record:
             cases.append(replace(cases[0], record=True, digest=False))
+        if options.verify:
+            replayed = replace(cases[0], record=True, digest=True)
+            cases += [
+                replace(replayed, digest=False),
+                replace(replayed, verify="live"),
+                replace(replayed, verify="live", fingerprint=True),
+                replace(replayed, verify="arrival"),
+                replace(replayed, digest=False),
+            ]
         if options.all_visible:
             cases.append(replace(cases[0], one_visible=False, digest=False))
         for case in cases:

@@ -60,7 +60,7 @@ class MockPlugin:
         """Rank and device."""
         cuda = worker.device.type == "cuda"
         return RankInfo(
-            instance_id="mock",
+            instance_id=worker.options.instance,
             device_kind=DeviceKind.CUDA if cuda else DeviceKind.CPU,
             device_index=worker.device.index or 0,
             device_uuid=gpu_uuid(worker.device.index) if cuda else f"cpu-{worker.rank}",
@@ -185,6 +185,7 @@ class MockEngine:
             world_size=self.options.world,
             device_kind=kind,
             device_uuids=self.uuids,
+            instance_id=self.options.instance,
         )
 
     def attach(self, rendezvous: Rendezvous) -> list[AttachResult]:

@@ -33,6 +33,7 @@ class MockOptions:
     one_visible: bool = True
     cut: bool = True
     record: bool = False
+    instance: str = "mock"
     apart: bool = False
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_core.api import Cluster, Target, Updater, update
-    from ckpt_core.config import Reading, UpdateConfig, VerifyLevel
+    from ckpt_core.config import Reading, Undo, UpdateConfig, VerifyLevel
     from ckpt_core.contract import PauseMode
     from ckpt_core.errors import CkptError, Outcome, UpdateAborted
+    from ckpt_core.look_report import EngineLook, LookReport
     from ckpt_core.manifest import Manifest
     from ckpt_core.metrics import UpdateReport
     from ckpt_core.source import open_checkpoint
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CkptError",
     "Cluster",
+    "EngineLook",
+    "LookReport",
     "Manifest",
     "Outcome",
     "PauseMode",
     "Reading",
     "Target",
+    "Undo",
     "UpdateAborted",
     "UpdateConfig",
     "UpdateReport",
@@ -37,6 +41,8 @@ __all__ = [
 _HOME = {
     "CkptError": "errors",
     "Cluster": "api",
+    "EngineLook": "look_report",
+    "LookReport": "look_report",
     "Manifest": "manifest",
     "Outcome": "errors",
     "PauseMode": "contract",
@@ -45,6 +51,7 @@ _HOME = {
     "UpdateAborted": "errors",
     "UpdateConfig": "config",
     "UpdateReport": "metrics",
+    "Undo": "config",
     "Updater": "api",
     "VerifyLevel": "config",
     "open_checkpoint": "source",

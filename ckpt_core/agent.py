@@ -27,6 +27,7 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing, send
 from ckpt_core.plan import Plan
 from ckpt_core.polling import Poller
+from ckpt_core.pool_digests import PoolDigests
 from ckpt_core.relay import Relay
 from ckpt_core.relaying import Slots, relay_all, slots_for
 from ckpt_core.shm import remove_directory
@@ -40,7 +41,6 @@ from ckpt_core.uncollected import uncollected
 
 _log = logging.getLogger(__name__)
 _IDLE_POLL_S = 0.2
-_PROGRESS_EVERY_S = 0.1
 _ORPHANED_WITHIN_S = 1.0
 _ABORT_WITHIN_S = 0.1
 
@@ -162,21 +162,22 @@ class Agent:
             index = as_here(only(index, frozenset(message.holds)))
         locked_bytes, lock_s = self._pool.adopt(index)
         same = known is not None and self._pool.layout is before and message.holds is None
-        self._manifest = known if same else Manifest.from_index(message.index)
-        start = told = time.perf_counter()
-        digests: dict[str, str] = {}
-        sizes = {extent.name: extent.size_bytes for extent in message.index.extents}
-        size = 0
-        for name in message.digest:
-            digests[name] = self._pool.digest(name)
-            size += sizes[name]
-            if time.perf_counter() - told > _PROGRESS_EVERY_S:
-                told = time.perf_counter()
-                self._line.send(wire.Progress(done_bytes=size))
-                self._check()
+        self._manifest = manifest = known if known is not None and same else Manifest.from_index(message.index)
+        start = time.perf_counter()
+        digests = PoolDigests(self._pool, share=self._config.count, told=self._progress)
+        parts = digests.of_parts(manifest, message.parts)
+        sizes = [manifest.sizes_bytes[manifest.index_of(name)] for name in message.digest]
         return wire.Prepared(
-            digests=digests, digest_s=time.perf_counter() - start, locked_bytes=locked_bytes, lock_s=lock_s
+            parts=parts,
+            digests=digests.of_tensors(message.digest, sizes),
+            digest_s=time.perf_counter() - start,
+            locked_bytes=locked_bytes,
+            lock_s=lock_s,
         )
+
+    def _progress(self, done_bytes: int) -> None:
+        self._line.send(wire.Progress(done_bytes=done_bytes))
+        self._check()
 
     def _open_ring(self, message: wire.OpenRing) -> wire.RingOpened:
         if self._writer is not None:

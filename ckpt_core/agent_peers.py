@@ -6,10 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt_core import wire
+from ckpt_core.assign import assign_owners
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import PeerLost
 from ckpt_core.fleet_plan import FleetPlan, Hosts
+from ckpt_core.leaf_digest import Digests
 from ckpt_core.plan import Plan
+from ckpt_core.plan_parts import NO_PARTS, PlanParts
 from ckpt_core.relay import Relay
 from ckpt_core.source import SourceIndex
 
@@ -22,11 +25,13 @@ class PreparedPool:
 
     Attributes:
         digests: content digests by tensor name.
+        parts: `run_digest` of the parts that were asked for, in their order.
         digest_s: seconds of the slowest agent in digests.
         locked_bytes, lock_s: bytes newly page-locked by all agents, and seconds of the slowest.
     """
 
     digests: Mapping[str, str]
+    parts: Digests
     digest_s: float
     locked_bytes: int
     lock_s: float
@@ -95,8 +100,10 @@ class AgentPeers:
         """
         raise NotImplementedError
 
-    def prepare(self, index: SourceIndex, *, digest: bool, timeout_s: float) -> PreparedPool:
-        """Map the checkpoint in every agent, fit for its device; each digests its share, if asked."""
+    def prepare(
+        self, index: SourceIndex, *, digest: bool, parts: PlanParts = NO_PARTS, timeout_s: float
+    ) -> PreparedPool:
+        """Map the checkpoint in every agent, fit for its device; each digests its share of these parts and, if asked, of all."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -137,10 +144,12 @@ class AgentPeers:
         replies = self._conversation.ask(asks, wire.RingClosed, timeout_s=timeout_s, patient=True)
         self._stuck = self._stuck or len(replies) < len(self.peers)
 
-    def _prepared(self, asks: Mapping[bytes, wire.AnyMessage], *, timeout_s: float) -> PreparedPool:
-        replies = self._conversation.ask(asks, wire.Prepared, timeout_s=timeout_s).values()
+    def _prepared(self, asks: Mapping[bytes, wire.Prepare], parts: PlanParts, *, timeout_s: float) -> PreparedPool:
+        answers = self._conversation.ask(asks, wire.Prepared, timeout_s=timeout_s)
+        replies = answers.values()
         return PreparedPool(
             digests={name: digest for reply in replies for name, digest in reply.digests.items()},
+            parts=parts.gathered((asks[peer].parts, reply.parts) for peer, reply in answers.items()),
             digest_s=max(reply.digest_s for reply in replies),
             locked_bytes=sum(reply.locked_bytes for reply in replies),
             lock_s=max(reply.lock_s for reply in replies),
@@ -150,10 +159,9 @@ class AgentPeers:
 def shares(index: SourceIndex, count: int, names: Collection[str] | None = None) -> list[tuple[str, ...]]:
     """Names (None: all) dealt so that bytes are even: largest first, to the least loaded."""
     dealt: list[list[str]] = [[] for _ in range(count)]
-    load = [0] * count
     extents = [extent for extent in index.extents if names is None or extent.name in names]
-    for extent in sorted(extents, key=lambda extent: extent.size_bytes, reverse=True):
-        agent = load.index(min(load))
-        dealt[agent].append(extent.name)
-        load[agent] += extent.size_bytes
+    extents.sort(key=lambda extent: extent.size_bytes, reverse=True)
+    owners = assign_owners([extent.size_bytes for extent in extents], count)
+    for extent, owner in zip(extents, owners, strict=True):
+        dealt[owner].append(extent.name)
     return [tuple(share) for share in dealt]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_core import process, wire
 from ckpt_core.agent import AgentConfig
 from ckpt_core.agent_peers import AgentHost, AgentPeers, PreparedPool, shares
-from ckpt_core.agent_process import spawn
+from ckpt_core.agent_process import end, spawn
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import PeerLost
+from ckpt_core.plan_parts import NO_PARTS, PlanParts
 from ckpt_core.shm import private_directory, remove_directory
 from ckpt_core.source import SourceIndex
-
-_STOP_TIMEOUT_S = 5.0
 
 
 class AgentGroup(AgentPeers):
@@ -45,6 +43,7 @@ class AgentGroup(AgentPeers):
         super().__init__(conversation)
         self.devices = tuple(devices)
         self._token = token
+        self._hellos: dict[bytes, wire.AgentHello] = {}
         conversation.listen_to(token, agents=True)
         self._directory = private_directory(directory, "agents-")
         self._children = [
@@ -85,9 +84,12 @@ class AgentGroup(AgentPeers):
         """Wait until all dialled in."""
         self._conversation.watches.append(self._check_started)
         try:
-            hellos = self._conversation.admit(wire.AgentHello, len(self._children), timeout_s=timeout_s, who="agent")
+            self._conversation.admit(
+                wire.AgentHello, len(self._children), timeout_s=timeout_s, who="agent", into=self._hellos
+            )
         finally:
             self._conversation.watches.remove(self._check_started)
+        hellos = self._hellos
         by_index = {hello.agent: peer for peer, hello in hellos.items()}
         peers = tuple(by_index[index] for index in range(len(self._children)))
         mine = process.current()
@@ -108,26 +110,22 @@ class AgentGroup(AgentPeers):
                     f"agent {index} ended with status {status} before it dialled in; its standard error says why"
                 )
 
-    def prepare(self, index: SourceIndex, *, digest: bool, timeout_s: float) -> PreparedPool:
+    def prepare(
+        self, index: SourceIndex, *, digest: bool, parts: PlanParts = NO_PARTS, timeout_s: float
+    ) -> PreparedPool:
         """See AgentPeers."""
-        asks: Mapping[bytes, wire.AnyMessage] = {
-            peer: wire.Prepare(index=index, digest=share if digest else ())
-            for peer, share in zip(self.peers, shares(index, len(self.peers)), strict=True)
+        count = len(self.peers)
+        named = shares(index, count) if digest else [()] * count
+        asks = {
+            peer: wire.Prepare(index=index, digest=names, parts=some)
+            for peer, names, some in zip(self.peers, named, parts.dealt([count])[0], strict=True)
         }
-        return self._prepared(asks, timeout_s=timeout_s)
+        return self._prepared(asks, parts, timeout_s=timeout_s)
 
     def stop(self) -> None:
-        """End all processes: politely, then not."""
-        for peer in self.peers:
+        """End all processes."""
+        for peer in self._hellos:
             self._conversation.tell(peer, wire.Stop())
-        self._conversation.dismiss(self.peers, self._token)
-        for child in self._children:
-            assert child.stdin is not None
-            child.stdin.close()
-        for child in self._children:
-            try:
-                child.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+        self._conversation.dismiss(self._hellos, self._token)
+        end(self._children)
         remove_directory(self._directory)  # rings of agents that could not remove them

@@ -11,11 +11,10 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from ckpt_core import wire
 from ckpt_core.agent_peers import AgentPeers, Rings
-from ckpt_core.config import UpdateConfig, VerifyLevel
+from ckpt_core.config import Undo, UpdateConfig
 from ckpt_core.contract import DeviceKind
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import CapacityError, PlanError
@@ -23,6 +22,7 @@ from ckpt_core.fleet_plan import FleetPlan, several_hosts
 from ckpt_core.layout import Layout, check_coverage
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan, make_plan
+from ckpt_core.plan_parts import PlanParts
 
 _log = logging.getLogger(__name__)
 _LEAST_RING_BYTES = 1 << 20
@@ -31,16 +31,21 @@ RankKey = tuple[int, str, int]  # endpoint of the update, engine instance, rank
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownPlan:
-    """A plan that was carried out: by whom, for which structure, and how layouts were asked for."""
+    """A plan that was carried out: by whom, for which structure, and whether layouts were asked for with replay.
+
+    Attributes:
+        parts: of the plan; None where none were digested.
+    """
 
     plan: FleetPlan
     ranks: tuple[RankKey, ...]
-    asked: tuple[bool, bool]
+    replay: bool
+    parts: PlanParts | None = None
 
     def fits(self, terms: Terms, ranks: Ranks, rings: Rings) -> bool:
         """Whether all these ranks still know it, it is for this structure, and the rings are large enough."""
         return (
-            self.asked == terms.asked
+            self.replay == terms.config.replay
             and all(offer.size_bytes >= self.plan.ring_bytes for host in rings for offer in host)
             and self.plan.structure_digest == terms.manifest.structure_digest
             and self.ranks == ranks.keys
@@ -66,11 +71,6 @@ class Terms:
     structure: Manifest
     config: UpdateConfig
     device_kind: DeviceKind
-
-    @property
-    def asked(self) -> tuple[bool, bool]:
-        """How layouts are asked for: whether to replay, and only slices. The digest of a tensor needs all of it."""
-        return self.config.replay, self.config.verify_on(self.device_kind) is not VerifyLevel.ARRIVAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +121,7 @@ class Agreement:
             CoverageError: they do not.
         """
         config = self._terms.config
-        replay, slices = self._terms.asked
-        ask = wire.AskLayout(manifest=self._terms.structure, replay=replay, slices=slices)
+        ask = wire.AskLayout(manifest=self._terms.structure, replay=config.replay)
         for rank, peer in enumerate(self._hellos):
             self._talk.tell(peer, wire.MapRings(rings=self._rings_of(rank)))
             self._talk.tell(peer, ask)
@@ -161,7 +160,6 @@ class Agreement:
                 self._agents.members,
                 ring_bytes=ring_bytes,
                 bucket_bytes=bucket_bytes,
-                uncut=not self._terms.asked[1],
             )
         agents = len(self._agents.peers)
         plan = make_plan(manifest, layouts, agents=agents, ring_bytes=ring_bytes, bucket_bytes=bucket_bytes)
@@ -201,23 +199,18 @@ class Agreement:
 
     def _offer_of(self, plan: Plan | None, rings: wire.RingSet) -> wire.OfferPlan:
         terms = self._terms
-        verify = terms.config.verify_on(terms.device_kind)
         return wire.OfferPlan(
             plan=plan,
-            digests=self._digests if verify is VerifyLevel.ARRIVAL else (),
             rings=rings,
             update_id=terms.update_id,
             version=terms.version,
             digest=version_digest(terms.manifest),
-            verify=verify.value,
+            verify=terms.config.level.value,
             fingerprint=terms.config.fingerprint,
             transfer_timeout_s=terms.config.transfer_timeout_s,
             trace=terms.config.trace,
+            snapshot=terms.config.undo is Undo.SNAPSHOT,
         )
-
-    @cached_property
-    def _digests(self) -> tuple[str, ...]:
-        return tuple(meta.digest for meta in self._terms.manifest.tensors)
 
 
 def open_rings(agents: AgentPeers, *, size_bytes: int, receivers: int, timeout_s: float) -> Rings:

@@ -6,15 +6,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ckpt_core.contract import LoadBucket, LoadReport, LoadTensor, Update
+from ckpt_core.config import VerifyLevel
+from ckpt_core.contract import LoadReport, Update
 from ckpt_core.device import StreamTimer
 from ckpt_core.errors import CoverageError
-from ckpt_core.incoming import Incoming, IncomingBucket
+from ckpt_core.incoming import Incoming, IncomingBucket, SplitBucket, TakenPart
 from ckpt_core.plan import Step
 from ckpt_core.plugins import EnginePlugin
 from ckpt_core.record.recorded import RecordedModel
 from ckpt_core.trace import SpanRecorder, SpanStage, Unrecorded
-from ckpt_core.verify import ArrivalDigest
+from ckpt_core.verify import Verifier
+
+_NOTHING = frozenset[str]()
 
 
 class Applier:
@@ -22,7 +25,7 @@ class Applier:
 
     Args:
         recorded: what is replayed, and what is watched, of the engine's loader; None where it cannot be recorded.
-        digests: content of the checkpoint's tensors, in the order of its manifest; None to digest nothing.
+        verifier: compares what arrives.
         spans, timer: record what host and device do, where asked.
 
     Attributes:
@@ -38,7 +41,7 @@ class Applier:
         worker: Any,
         update: Update,
         incoming: Incoming,
-        digests: Sequence[str] | None,
+        verifier: Verifier,
         *,
         recorded: RecordedModel | None = None,
         spans: SpanRecorder | None = None,
@@ -50,7 +53,7 @@ class Applier:
         self._incoming = incoming
         self._spans = spans or Unrecorded()
         self._timer = timer
-        self._arrival = None if digests is None else ArrivalDigest(digests)
+        self._verifier = verifier
         self._recorded = recorded
         self.received_bytes = 0
         self.replayed_bytes = 0
@@ -58,11 +61,6 @@ class Applier:
         self.load_s = 0.0
         self.digest_s = 0.0
         self.ignored: list[str] = []
-
-    @property
-    def digested_bytes(self) -> int:
-        """Bytes compared with the manifest so far."""
-        return 0 if self._arrival is None else self._arrival.digested_bytes
 
     def expect(self, step: Step) -> None:
         """Make ready for the bucket of a step."""
@@ -72,19 +70,19 @@ class Applier:
         """Digest and load the bucket of a step.
 
         Raises:
-            VerificationError: a digest differs.
+            VerificationError: a digest differs; see `Verifier.arrived`.
             CoverageError: the plugin did not account for every tensor of the bucket.
         """
         bucket = self._incoming.of(step)
+        split = self._split(bucket)
         start = time.perf_counter()
-        if self._arrival is not None:
-            for position, meta, offset_bytes, size_bytes in bucket.pieces:
-                self._arrival.add(position, meta, bucket.place.bytes(offset_bytes, size_bytes))
+        if self._verifier.level is not VerifyLevel.NONE:
+            self._verifier.arrived(bucket, self._to_compare(bucket, split))
             self._spans.add(SpanStage.DIGEST, step.index, start, time.perf_counter(), bucket.size_bytes)
         digested = time.perf_counter()
         if self._timer is not None:
             self._timer.start()
-        accounted = self._load(bucket)
+        accounted = self._load(bucket, split)
         if self._timer is not None:
             self._timer.stop(SpanStage.PULL, step.index, bucket.size_bytes)
         loaded = time.perf_counter()
@@ -94,14 +92,21 @@ class Applier:
         self._account(bucket, accounted)
         self.received_bytes += bucket.size_bytes
 
-    def _load(self, bucket: IncomingBucket) -> set[str]:
+    def _to_compare(self, bucket: IncomingBucket, split: SplitBucket) -> Sequence[TakenPart]:
+        """Parts to digest as they arrive: all but those that are digested where they will live."""
+        if self._verifier.level is not VerifyLevel.LIVE or not split.replayed or self._recorded is None:
+            return bucket.parts
+        later = self._recorded.at_home(bucket.load.index, split.replayed, split.parts)
+        return [part for part in bucket.parts if part.number not in later]
+
+    def _load(self, bucket: IncomingBucket, split: SplitBucket) -> set[str]:
         """Replay what can be, and give the rest to the plugin. Names that are accounted for."""
-        replayed, rest, names = self._split(bucket)
-        if replayed:
+        if split.replayed:
             assert self._recorded is not None
-            self.replayed_bytes += self._recorded.load(bucket.load.index, replayed)
+            self.replayed_bytes += self._recorded.load(bucket.load.index, split.replayed)
+        rest = split.rest
         if not rest.tensors:
-            return set(names)
+            return set(split.names)
         if self._recorded is not None:
             self._recorded.arrived(rest.tensors)
             rest = self._recorded.for_loader(rest)
@@ -110,14 +115,11 @@ class Applier:
             raise CoverageError(f"ckpt_load must return a LoadReport, got {report!r}; mend the plugin")
         self.ignored.extend(report.ignored)
         self.retained_bytes = max(self.retained_bytes, report.retained_bytes)
-        return {*names, *report.loaded, *report.ignored}
+        return {*split.names, *report.loaded, *report.ignored}
 
-    def _split(self, bucket: IncomingBucket) -> tuple[tuple[LoadTensor, ...], LoadBucket, frozenset[str]]:
-        """What is replayed, what is not, and the names of what is: the same objects for the same bucket each time."""
-        roots = frozenset[str]() if self._recorded is None else self._recorded.roots
-        if not roots:
-            return (), bucket.load, frozenset()
-        return bucket.split(roots)
+    def _split(self, bucket: IncomingBucket) -> SplitBucket:
+        """What is replayed, and what is not: the same objects for the same bucket each time."""
+        return bucket.split(_NOTHING if self._recorded is None else self._recorded.roots)
 
     def _account(self, bucket: IncomingBucket, accounted: set[str]) -> None:
         if bucket.names != accounted:

@@ -1,7 +1,7 @@
 """Sockets of the control plane: the controller's hub, and the one end that each agent and rank has.
 
 ZeroMQ over a unix socket in a 0700 directory, or over TCP with CURVE between hosts. A peer is known by its ZeroMQ identity,
-which it draws itself; nothing it says counts before its first frame carried the update's token.
+which it draws itself; nothing it says counts, or is decoded, before its first frame carried the update's token.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _LINGER_MS = 2000
 _HEARTBEAT_MS = 2000
 _HEARTBEAT_TIMEOUT_MS = 10_000
 _RECONNECT_MOST_MS = 1000
+_HANDSHAKE_MS = 5000  # a stranger who does not finish it is hung up on
 M = TypeVar("M", bound=wire.Message)
 
 
@@ -50,14 +51,14 @@ class Hub:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_REPLY_BYTES)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         if cluster is not None:
             _serve_curve(self._socket, cluster)
         try:
             self._socket.bind(self.address)
         except zmq.ZMQError as error:
-            self._socket.close()
-            self._context.term()
+            self.close()
             raise ConfigError(
                 f"cannot listen on {self.address}: {error}; is another controller of this cluster running?"
             ) from error

@@ -7,34 +7,41 @@ Exit codes: 0 done · 1 unexpected error · 2 wrong option · 3 unusable checkpo
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from ckpt_core import api, plugins, render
+from ckpt_core import api, cli_looks, cli_versions, plugins, render
 from ckpt_core import cluster as clusters
 from ckpt_core import explain as explanation
 from ckpt_core import limits as machine_limits
-from ckpt_core.config import MIB, Environment, Reading, UpdateConfig, VerifyLevel
-from ckpt_core.contract import EndpointState, PauseMode
+from ckpt_core.cli_options import (
+    ERR,
+    OUT,
+    CheckpointArgument,
+    EndpointOption,
+    EngineOption,
+    JsonOption,
+    progress_bar,
+    targets_of,
+    writable,
+    write_json,
+)
+from ckpt_core.config import MIB, Environment, Reading, Undo, UpdateConfig, VerifyLevel
+from ckpt_core.contract import PauseMode
 from ckpt_core.cpu import CpuDevice
 from ckpt_core.cuda import probe
 from ckpt_core.device import CPU
 from ckpt_core.devices import visible_gpus
-from ckpt_core.endpoint import Endpoint, EndpointOptions
-from ckpt_core.errors import CkptError, ConfigError, EngineError, UpdateAborted
+from ckpt_core.errors import CkptError, ConfigError, UpdateAborted
 from ckpt_core.host_service import HostService
 from ckpt_core.layout import whole_layout
 from ckpt_core.manifest import Manifest
@@ -46,30 +53,6 @@ from ckpt_core.timeline import draw
 from ckpt_core.trace import write_chrome_trace
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-_out = Console()
-_err = Console(stderr=True)
-
-CheckpointArgument = Annotated[Path, typer.Argument(help="Safetensors directory or file.")]
-EngineOption = Annotated[str, typer.Option("--engine", help="Name of the engine's plugin; see `ckpt engines`.")]
-EndpointOption = Annotated[
-    list[str],
-    typer.Option("--endpoint", help="URL of an engine's server, or NAME=URL for another engine. Repeatable."),
-]
-
-
-def _writable(path: Path | None) -> Path | None:
-    """Refuse a file that could not be written, before the work and not after it."""
-    if path is None or str(path) == "-":
-        return path
-    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ConfigError(f"{path} cannot be written; name a file in a directory that exists and is yours")
-    return path
-
-
-JsonOption = Annotated[
-    Path | None,
-    typer.Option("--json", callback=_writable, help="Write the result as JSON to this file; - for stdout."),
-]
 
 
 @app.command()
@@ -84,6 +67,12 @@ def update(
     allow_unexpected: Annotated[bool, typer.Option("--allow-unexpected")] = False,
     verify: Annotated[VerifyLevel, typer.Option(help="How the update proves itself.")] = VerifyLevel.AUTO,
     fingerprint: Annotated[bool, typer.Option(help="Digest the live weights of every rank.")] = True,
+    undo: Annotated[Undo, typer.Option(help="How mixed weights become the old ones again if it fails.")] = Undo.REPLAY,
+    keep_versions: Annotated[int, typer.Option(min=1, help="Versions that stay warm to go back to.")] = 2,
+    copy_to_pool: Annotated[
+        bool, typer.Option("--copy-to-pool", help="Copy the files into the host pool, so that they may go.")
+    ] = False,
+    pool_mib: Annotated[int, typer.Option(min=0, help="Limit of versions in the host pool, MiB; 0: none.")] = 0,
     replay: Annotated[bool, typer.Option(help="Copy recorded slices instead of calling the engine's loader.")] = True,
     ring_mib: Annotated[int, typer.Option(min=0, help="Ring of each agent, MiB; 0: 16 on CPU, 128 on a GPU.")] = 0,
     bucket_mib: Annotated[int, typer.Option(min=0, help="What travels together, MiB; 0: a quarter of the ring.")] = 0,
@@ -94,9 +83,9 @@ def update(
     pause_timeout_s: Annotated[float, typer.Option(min=0.1, help="Deadline of the pause, seconds.")] = 120.0,
     json: JsonOption = None,
     trace: Annotated[
-        Path | None, typer.Option(callback=_writable, help="Write a Chrome/Perfetto trace here; see `ckpt timeline`.")
+        Path | None, typer.Option(callback=writable, help="Write a Chrome/Perfetto trace here; see `ckpt timeline`.")
     ] = None,
-    metrics_file: Annotated[Path | None, typer.Option(callback=_writable, help="Write Prometheus text here.")] = None,
+    metrics_file: Annotated[Path | None, typer.Option(callback=writable, help="Write Prometheus text here.")] = None,
 ) -> None:
     """Put the weights of a checkpoint into running engines, in place."""
     config = UpdateConfig(
@@ -107,6 +96,10 @@ def update(
         verify=verify,
         fingerprint=fingerprint,
         replay=replay,
+        undo=undo,
+        keep_versions=keep_versions,
+        copy_to_pool=copy_to_pool,
+        pool_bytes=pool_mib * MIB,
         trace=trace is not None,
         allow_missing=allow_missing,
         allow_unexpected=allow_unexpected,
@@ -114,10 +107,10 @@ def update(
         pause_timeout_s=pause_timeout_s,
     )
     members = None if cluster is None else api.Cluster.load(cluster, hosts=hosts, reading=reading)
-    with _progress() as on_progress:
+    with progress_bar() as on_progress:
         report = api.update(
             checkpoint,
-            _targets(engine, endpoint),
+            targets_of(engine, endpoint),
             version=version,
             config=config,
             on_progress=on_progress,
@@ -132,8 +125,8 @@ def update(
         report.write_metrics(metrics_file)
     if json is None or str(json) != "-":
         for table in render.report_tables(report):
-            _out.print(table)
-    _write_json(json, report.to_json())
+            OUT.print(table)
+    write_json(json, report.to_json())
 
 
 @app.command()
@@ -149,7 +142,7 @@ def inspect(
     if digest:
         pool = HostPool(CpuDevice())
         pool.adopt(index)
-        with _progress() as on_progress:
+        with progress_bar() as on_progress:
             digests, done = {}, 0
             for extent in index.extents:
                 digests[extent.name] = pool.digest(extent.name)
@@ -159,11 +152,11 @@ def inspect(
         manifest = manifest.with_digests(digests)
     if json is None or str(json) != "-":
         for table in render.manifest_tables(manifest, tensors=tensors):
-            _out.print(table)
-        _out.print(f"structure digest {manifest.structure_digest}")
+            OUT.print(table)
+        OUT.print(f"structure digest {manifest.structure_digest}")
         if digest:
-            _out.print(f"content digest   {manifest.digest}")
-    _write_json(json, manifest.to_json())
+            OUT.print(f"content digest   {manifest.digest}")
+    write_json(json, manifest.to_json())
 
 
 @app.command()
@@ -192,12 +185,12 @@ def plan(
     )
     ways = _explained(made, manifest, hosts, lanes or []) if explain else []
     if json is None or str(json) != "-":
-        _out.print(render.plan_table(made))
+        OUT.print(render.plan_table(made))
         if explain:
-            _out.print(render.plan_explanation(made, manifest))
+            OUT.print(render.plan_explanation(made, manifest))
         for table in ways:
-            _out.print(table)
-    _write_json(json, msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n")
+            OUT.print(table)
+    write_json(json, msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n")
 
 
 def _explained(made: Plan, manifest: Manifest, hosts: int, lanes: list[str]) -> list[Table]:
@@ -215,7 +208,7 @@ def cluster(
 ) -> None:
     """Make the keys of a cluster: controller.json for who updates, agent.json for the hosts of engines."""
     for path in clusters.create(directory, address):
-        _out.print(escape(str(path)))
+        OUT.print(escape(str(path)))
 
 
 @app.command()
@@ -249,19 +242,19 @@ def limits(
         found = machine_limits.measure(machine_limits.identify(), gpus, seconds)
     machine_limits.save(Environment.read().cache_root, found)
     if json is None or str(json) != "-":
-        _out.print(machine_limits.limits_table(found))
-    _write_json(json, machine_limits.to_json(found))
+        OUT.print(machine_limits.limits_table(found))
+    write_json(json, machine_limits.to_json(found))
 
 
 @app.command()
 def timeline(
     trace: Annotated[Path, typer.Argument(help="Trace that `ckpt update --trace` wrote.")],
-    out: Annotated[Path | None, typer.Option(callback=_writable, help="Page to write; by default beside it.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=writable, help="Page to write; by default beside it.")] = None,
 ) -> None:
     """Draw a trace as one self-contained HTML page."""
     page = out or trace.with_suffix(".html")
     draw(trace, page)
-    _out.print(escape(str(page)))
+    OUT.print(escape(str(page)))
 
 
 @app.command()
@@ -269,25 +262,8 @@ def engines(json: JsonOption = None) -> None:
     """Show installed engine plugins and what they can do."""
     infos = [plugins.load(name).info for name in plugins.names()]
     if json is None or str(json) != "-":
-        _out.print(render.engines_table(infos))
-    _write_json(json, msgspec.json.format(msgspec.json.encode(infos), indent=2) + b"\n")
-
-
-@app.command()
-def ready(endpoint: EndpointOption, engine: EngineOption = "", json: JsonOption = None) -> None:
-    """Tell whether a router may send requests to engines: exit code 0 if all serve, else 7."""
-    options = EndpointOptions(bearer_token=Environment.read().bearer_token)
-    statuses = []
-    for target in _targets(engine, endpoint):
-        handle = Endpoint(url=target.url, engine=target.engine, options=options)
-        with contextlib.closing(handle):
-            statuses.append(plugins.load(target.engine).hook.ckpt_ready(endpoint=handle))
-    if json is None or str(json) != "-":
-        for status in statuses:
-            _out.print(render.status_table(status))
-    _write_json(json, msgspec.json.format(msgspec.json.encode(statuses), indent=2) + b"\n")
-    if any(status.state is not EndpointState.SERVING for status in statuses):
-        raise typer.Exit(EngineError.exit_code)
+        OUT.print(render.engines_table(infos))
+    write_json(json, msgspec.json.format(msgspec.json.encode(infos), indent=2) + b"\n")
 
 
 @app.command()
@@ -296,7 +272,11 @@ def demo(
     generated: Annotated[bool, typer.Option("--generated", help="Use a generated model, fetch nothing.")] = False,
 ) -> None:
     """Update two running engines with a real small model, to a second version, and back."""
-    _extension("demo")(cache, generated=generated, console=_out)
+    _extension("demo")(cache, generated=generated, console=OUT)
+
+
+app.add_typer(cli_versions.app)
+app.add_typer(cli_looks.app)
 
 
 def main() -> None:
@@ -305,14 +285,12 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UpdateAborted as error:
-        _err.print(
-            f"[bold red]aborted, {error.outcome.value}:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        ERR.print(f"[bold red]aborted, {error.outcome.value}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         for url, outcome in error.by_endpoint.items():
-            _err.print(f"  {escape(url)}: {outcome.value}", highlight=False)
+            ERR.print(f"  {escape(url)}: {outcome.value}", highlight=False)
         sys.exit(error.exit_code)
     except CkptError as error:
-        _err.print(f"[bold red]{type(error).__name__}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        ERR.print(f"[bold red]{type(error).__name__}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
 
 
@@ -325,40 +303,3 @@ def _extension(name: str) -> Callable[..., None]:
             f"`ckpt {name}` needs more packages ({error}); pip install 'ckpt-core[conformance,demo]'"
         ) from error
     return found
-
-
-def _targets(engine: str, endpoints: list[str]) -> list[api.Target]:
-    return [_target(engine, text) for text in endpoints]
-
-
-def _target(engine: str, text: str) -> api.Target:
-    name, equals, url = text.partition("=")
-    if not equals or "/" in name:
-        name, url = engine, text
-    if not name:
-        raise ConfigError(f"which engine is {text}? give --engine NAME, or --endpoint NAME=URL")
-    return api.Target(engine=name, url=url.rstrip("/"))
-
-
-def _write_json(path: Path | None, data: bytes) -> None:
-    if path is None:
-        return
-    if str(path) == "-":
-        sys.stdout.buffer.write(data)
-    else:
-        path.write_bytes(data)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Stage, int, int], None]]:
-    """A bar on standard error, one per stage; nothing where that is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
-        tasks: dict[Stage, TaskID] = {}
-
-        def note(stage: Stage, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage.value, total=total)
-            progress.update(tasks[stage], completed=done)
-
-        yield note

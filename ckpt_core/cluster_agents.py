@@ -12,6 +12,7 @@ from ckpt_core.conversation import Conversation
 from ckpt_core.errors import ConfigError, RendezvousTimeout, TransportError
 from ckpt_core.fleet_plan import Holders, Hosts
 from ckpt_core.manifest import Manifest
+from ckpt_core.plan_parts import NO_PARTS, PlanParts
 from ckpt_core.routing.columns import ints
 from ckpt_core.routing.order import natural_order
 from ckpt_core.routing.topology import striped
@@ -73,7 +74,9 @@ class ClusterAgents(AgentPeers):
         process.check_can_share(self.hosts[near[0]].process, info, who)
         return near[0]
 
-    def prepare(self, index: SourceIndex, *, digest: bool, timeout_s: float) -> PreparedPool:
+    def prepare(
+        self, index: SourceIndex, *, digest: bool, parts: PlanParts = NO_PARTS, timeout_s: float
+    ) -> PreparedPool:
         """See AgentPeers. Each host maps what it is to read."""
         manifest = Manifest.from_index(index)
         holders = self._holders(manifest)
@@ -84,13 +87,15 @@ class ClusterAgents(AgentPeers):
         )
         everywhere = self._reading is Reading.EVERYWHERE
         by_host = shares(index, len(self.hosts)) if everywhere else []
-        asks: dict[bytes, wire.AnyMessage] = {}
+        of_parts = parts.dealt(self.members.agents, lambda part: holders.one_of(part.tensor))
+        asks: dict[bytes, wire.Prepare] = {}
         for number, host in enumerate(self.hosts):
             holds = holders.names(manifest, number)
-            digested = shares(index, len(host.peers), frozenset(by_host[number] if everywhere else holds))
-            for peer, share in zip(host.peers, digested, strict=True):
-                asks[peer] = wire.Prepare(index=index, digest=share if digest else (), holds=holds)
-        return self._prepared(asks, timeout_s=timeout_s)
+            digested = (by_host[number] if everywhere else holds) if digest else ()
+            named = shares(index, len(host.peers), frozenset(digested))
+            for peer, names, some in zip(host.peers, named, of_parts[number], strict=True):
+                asks[peer] = wire.Prepare(index=index, digest=names, holds=holds, parts=some)
+        return self._prepared(asks, parts, timeout_s=timeout_s)
 
     def _holders(self, manifest: Manifest) -> Holders:
         everybody = tuple(range(len(self.hosts)))

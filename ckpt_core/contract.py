@@ -163,11 +163,13 @@ class AbortOutcome(Enum):
     """What an aborted update left in this rank.
 
     UNTOUCHED: no parameter was written. RELOADABLE: parameters are mixed, and a new update repairs them.
-    POISONED: mixed, and the engine must be restarted or proved right before it may serve.
+    POISONED: mixed, and the engine must be restarted or proved right before it may serve. RESTORED: the core wrote a snapshot
+    back and compared it; no plugin returns it.
     """
 
     UNTOUCHED = "untouched"
     RELOADABLE = "reloadable"
+    RESTORED = "restored"
     POISONED = "poisoned"
 
 

@@ -36,8 +36,7 @@ class Conversation:
         self._hub = hub
         self._ping_every_s = ping_every_s
         self._pinged = 0.0
-        self._mine = process.current()
-        self._deaths = process.DeathWatch(self._mine)
+        self._deaths = process.DeathWatch(process.current())
         self._names: dict[bytes, str] = {}
         self._inbox: deque[tuple[bytes, wire.AnyMessage]] = deque()
         self.on_progress: Callable[[str, wire.Progress], None] = lambda _name, _progress: None
@@ -183,10 +182,13 @@ class Conversation:
         self._ping()
         self._inbox.extend(self._hub.receive(0.0 if self._inbox else _ROUND_S))
         while self._inbox:
-            peer, message = self._inbox.popleft()
+            peer, message = self._inbox[0]
             if isinstance(message, wire.RankHello) and self._farewell is not None:
-                self._hub.send(peer, self._farewell)
-            elif isinstance(message, wire.Progress):
+                self._hub.send(peer, self._farewell)  # and only then forgotten: an interrupt must not leave it waiting
+                self._inbox.popleft()
+                continue
+            self._inbox.popleft()
+            if isinstance(message, wire.Progress):
                 self.on_progress(self._names.get(peer, "?"), message)
             elif isinstance(message, wire.Failure) and (minded is None or peer in minded):
                 raise failure_of(self._names.get(peer, "an unknown peer"), message)
@@ -202,7 +204,20 @@ class Conversation:
             raise PeerLost(f"{', '.join(dead)} died during the update; look into its log, then update again")
         if minded is None:
             for watch in self.watches:
-                watch()
+                try:
+                    watch()
+                except CkptError:
+                    self._raise_failure_that_came()
+                    raise
+
+    def _raise_failure_that_came(self) -> None:
+        """Whoever left may have said why, since messages were last looked at."""
+        self._inbox.extend(self._hub.receive(0.0))
+        for item in self._inbox:
+            peer, message = item
+            if isinstance(message, wire.Failure):
+                self._inbox.remove(item)
+                raise failure_of(self._names.get(peer, "an unknown peer"), message)
 
     def _ping(self) -> None:
         now = time.monotonic()

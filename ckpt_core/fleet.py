@@ -18,12 +18,13 @@ from typing import Any
 
 from ckpt_core import plugins
 from ckpt_core.capability import Capability
-from ckpt_core.config import UpdateConfig
+from ckpt_core.config import Undo, UpdateConfig
 from ckpt_core.contract import DeviceKind, EndpointState, EndpointStatus, PauseMode, Rendezvous
 from ckpt_core.device import CPU
 from ckpt_core.devices import visible_gpus
 from ckpt_core.endpoint import Endpoint
-from ckpt_core.errors import ConfigError, EngineError, EngineStateError, EngineUnavailable
+from ckpt_core.errors import CkptError, ConfigError, EngineError, EngineStateError, EngineUnavailable
+from ckpt_core.files import own_directory
 from ckpt_core.in_flight import FATE_IN, InFlight
 
 _FLUSH_RETRY_S = 0.2
@@ -62,6 +63,11 @@ class Member:
         return self.status.world_size
 
     @property
+    def instance_id(self) -> str:
+        """Which life of the engine the last check found; "" where it does not tell."""
+        return self.status.instance_id if self.status is not None else ""
+
+    @property
     def was_poisoned(self) -> bool:
         """Whether the last check found mixed weights."""
         return self.status is not None and self.status.state is EndpointState.POISONED
@@ -85,6 +91,33 @@ class Member:
             raise kind(f"{self.endpoint} is {status.state.value} ({status.detail or 'no reason given'}); {remedy}")
         self.status = status
         return status
+
+    def check_same(self) -> None:
+        """Raise EngineError where another instance answers than the one last checked, or this one may not serve.
+
+        Raises:
+            EngineUnavailable: nothing answers.
+        """
+        before, now = self.status, self.plugin.hook.ckpt_ready(endpoint=self.endpoint)
+        assert before is not None, "check the fleet first"
+        if before.instance_id and now.instance_id and now.instance_id != before.instance_id:
+            raise EngineStateError(
+                f"{self.endpoint} was restarted during the update (instance {now.instance_id}, expected {before.instance_id}): it "
+                "has the weights it started with, and is not resumed; update it again"
+            )
+        if now.state in (EndpointState.POISONED, EndpointState.DEAD):
+            raise EngineStateError(
+                f"{self.endpoint} is {now.state.value} ({now.detail}); update it again, or restart it"
+            )
+
+    def serves(self) -> bool:
+        """Whether it was resumed, also where the call that did it failed."""
+        if not self.paused_here:
+            return True
+        try:
+            return self.check().state is EndpointState.SERVING
+        except CkptError:
+            return False
 
 
 _NOT_UP = (EndpointState.STARTING, EndpointState.DEAD)
@@ -138,7 +171,7 @@ class Fleet:
 
     def check_options(self, config: UpdateConfig) -> None:
         """Raise ConfigError where an option asks for what a member's plugin cannot do."""
-        config.verify_on(self.device_kind())
+        self.device_kind()
         needed = _PAUSE_CAPABILITY[config.pause_mode]
         for member in self.members:
             support = member.plugin.info.support(needed)
@@ -147,6 +180,8 @@ class Fleet:
                     f"{member.endpoint}: pause mode {config.pause_mode.value} is {support.level.value} ({support.detail}); "
                     "choose another"
                 )
+            if config.undo is Undo.SNAPSHOT and not member.plugin.has("ckpt_snapshot"):
+                raise ConfigError(f"{member.endpoint}: its plugin makes no snapshots; use undo=REPLAY")
 
     def pause(self, mode: PauseMode) -> None:
         """Pause all members that serve."""
@@ -190,22 +225,46 @@ class Fleet:
         calls = [member.attached for member in self.members if member.attached is not None]
         return not wait(calls, timeout=timeout_s).not_done
 
-    def flush(self, *, accept_stale: bool, timeout_s: float) -> None:
-        """Drop the caches of all members, retried until it succeeds or the deadline is over.
+    def flush(self, *, accept_stale: bool, timeout_s: float) -> dict[str, EngineError]:
+        """Drop the caches of all members, retried until it succeeds or the deadline is over. Errors of those that may not serve.
 
-        Raises:
-            EngineError: a member refused to the end, and a stale cache is not accepted.
+        These are members that refused to the end where a stale cache is not accepted, that are gone, and that are not the
+        instance which was updated: a restarted engine has the weights it started with.
         """
-        self._each(lambda member: _flush(member, accept_stale=accept_stale, timeout_s=timeout_s), self.members)
+
+        def settle(member: Member) -> EngineError | None:
+            try:
+                member.check_same()
+                _flush(member, accept_stale=accept_stale, timeout_s=timeout_s)
+            except EngineError as error:
+                return error
+            return None
+
+        errors = self._each(settle, self.members)
+        return {member.endpoint.url: error for member, error in zip(self.members, errors, strict=True) if error}
 
     def resume(self, version: str | None, *, only: Collection[str] | None = None) -> None:
         """Let members serve that this update paused: all, or those with these URLs."""
         paused = [
             member for member in self.members if member.paused_here and (only is None or member.endpoint.url in only)
         ]
-        self._each(lambda member: member.plugin.hook.ckpt_resume(endpoint=member.endpoint, version=version), paused)
-        for member in paused:
-            member.paused_here = False
+        self._each(lambda member: _resume(member, version), paused)
+
+    def resume_unchanged(self, urls: Collection[str]) -> None:
+        """Let members with these URLs serve what they had, as far as this update paused them.
+
+        Raises:
+            EngineError: one could not; the others serve. It is another instance, is gone, or refused.
+        """
+
+        def resume(member: Member) -> None:
+            try:
+                member.check_same()
+            except EngineUnavailable:
+                member.check_same()  # it may have been busy
+            _resume(member, None)
+
+        self._each(resume, [member for member in self.members if member.paused_here and member.endpoint.url in urls])
 
     def close(self) -> None:
         """Close all clients; attach calls that still run are left to their own deadline."""
@@ -218,6 +277,11 @@ class Fleet:
             futures = [threads.submit(call, member) for member in members]
             wait(futures)
             return [future.result() for future in futures]
+
+
+def _resume(member: Member, version: str | None) -> None:
+    member.plugin.hook.ckpt_resume(endpoint=member.endpoint, version=version)
+    member.paused_here = False
 
 
 def _in_thread(call: Callable[[], None]) -> Future[None]:
@@ -257,7 +321,7 @@ class EndpointLocks:
         Raises:
             EngineStateError: another process holds it.
         """
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        own_directory(self._directory)
         name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:32]
         file = self._held.enter_context((self._directory / name).open("w"))
         try:
@@ -279,6 +343,8 @@ def _flush(member: Member, *, accept_stale: bool, timeout_s: float) -> None:
         try:
             member.plugin.hook.ckpt_flush_cache(endpoint=member.endpoint)
             return
+        except EngineUnavailable:
+            raise  # it is gone: the others need not wait for it
         except EngineError as error:
             if accept_stale:
                 return

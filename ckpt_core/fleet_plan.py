@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
+from ckpt_core.cost import LaneSpeeds
 from ckpt_core.layout import Layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan
@@ -20,11 +20,9 @@ from ckpt_core.routing.routed import RoutedPlan, even_bucket_bytes, make_routed_
 from ckpt_core.routing.topology import Topology
 
 _UNKNOWN_GB_S = 1.0  # where no host's network is known all count the same
-_PCIE_GB_S = 55.0
 
 
-# No slots: cached_property needs a __dict__.
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetPlan:
     """Who does what.
 
@@ -43,11 +41,6 @@ class FleetPlan:
     network_bytes: tuple[int, ...] = ()
     routed: RoutedPlan | None = None
     rates_known: bool = False
-
-    @cached_property
-    def receiver_of(self) -> tuple[int, ...]:
-        """By rank: its number among the ranks of its host."""
-        return tuple(self.host_of[:rank].count(host) for rank, host in enumerate(self.host_of))
 
     def plan_of(self, rank: int) -> Plan:
         """That the rank follows."""
@@ -96,6 +89,11 @@ class Holders:
     sets: tuple[tuple[int, ...], ...]
     of_tensor: Ints
 
+    def one_of(self, tensor: int) -> int:
+        """A host that holds it; those that hold the same take turns."""
+        members = self.sets[int(self.of_tensor[tensor])]
+        return members[tensor % len(members)]
+
     def names(self, manifest: Manifest, host: int) -> tuple[str, ...]:
         """Tensors that a host holds."""
         held = [host in members for members in self.sets]
@@ -127,7 +125,6 @@ def several_hosts(
     *,
     ring_bytes: int,
     bucket_bytes: int,
-    uncut: bool = False,
 ) -> FleetPlan:
     """Plan an update of ranks on several hosts: each byte that a host's ranks need enters the host once.
 
@@ -135,13 +132,10 @@ def several_hosts(
         layouts, host_of: by rank.
         ring_bytes: size of each ring; grows to the largest bucket.
         bucket_bytes: size of a bucket at most, where a tensor may be cut.
-        uncut: cut none: the parts of one tensor come in any order, and its digest needs them one behind the other.
     """
     classes: dict[bytes, int] = {}
     rank_class = [classes.setdefault(msgspec.msgpack.encode(layout.entries), len(classes)) for layout in layouts]
     needs = [ClassNeeds.of(layouts[rank_class.index(number)], manifest) for number in range(len(classes))]
-    if uncut:
-        needs = [replace(need, uncut=need.tensors) for need in needs]
     topology = _topology(host_of, rank_class, hosts)
     routed = make_routed_plan(
         manifest, needs, topology, bucket_bytes=min(bucket_bytes, even_bucket_bytes(manifest, topology))
@@ -167,7 +161,7 @@ def _topology(host_of: Sequence[int], rank_class: Sequence[int], hosts: Hosts) -
         nics=np.ones(count, dtype=np.int64),
         nic_gb_s=np.array(rates),
         gpus=ints([agents if host in with_ranks else 0 for host, agents in enumerate(hosts.agents)]),
-        pcie_gb_s=np.full(count, _PCIE_GB_S),
+        pcie_gb_s=np.full(count, LaneSpeeds().pcie_gb_s),
         holder_sets=hosts.holders.sets,
         holder_of=hosts.holders.of_tensor,
     )

@@ -8,7 +8,6 @@ long TCP flows come near to.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -145,22 +144,19 @@ class _Flow:
 
 def _run(flows: Sequence[_Flow], rates: Sequence[float]) -> float:
     now = last = 0.0
-    alarms: list[float] = []
     while True:
+        later: list[float] = []
         for flow in flows:
             ready = flow.ready_at()
             if ready is not None and ready <= now:
                 flow.start()
             elif ready is not None:
-                heapq.heappush(alarms, ready)
+                later.append(ready)
         busy = [flow for flow in flows if flow.busy]
-        while alarms and alarms[0] <= now:
-            heapq.heappop(alarms)
-        if not busy and not alarms:
+        if not busy and not later:
             return last
         _share(busy, rates)
-        ends = min((flow.left_bytes / flow.rate for flow in busy), default=float("inf"))
-        step = min(ends, alarms[0] - now) if alarms else ends
+        step = min([flow.left_bytes / flow.rate for flow in busy] + [ready - now for ready in later])
         now += step
         for flow in busy:
             flow.left_bytes -= flow.rate * step

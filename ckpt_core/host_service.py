@@ -12,18 +12,28 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_core.agent import AgentConfig
-from ckpt_core.agent_process import spawn
+from ckpt_core.agent_process import end, spawn
 from ckpt_core.cluster import ClusterKey
 from ckpt_core.shm import private_directory, remove_directory
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.2
 _SHORT_S, _LATER_S = 2.0, 5.0
-_STOP_TIMEOUT_S = 5.0
 _SILENCE_S = 24 * 3600.0  # between updates nobody talks; a controller that is gone is noticed by its connection
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    """An agent, until another takes its place; `again_at_s` is when, where it ended at once."""
+
+    child: subprocess.Popen[bytes]
+    directory: Path
+    started_s: float
+    again_at_s: float = 0.0
 
 
 class HostService:
@@ -53,25 +63,16 @@ class HostService:
         self._memory_root = memory_root
         self._nic_gb_s = nic_gb_s
         self._log_level = log_level
-        self._agents: list[tuple[subprocess.Popen[bytes], Path]] = []
-        self._started = [0.0] * len(self._devices)
-        self._again_at = [0.0] * len(self._devices)  # of those that ended at once
+        self._agents: list[_Running] = []
 
     def __enter__(self) -> HostService:
         self._agents = [self._start(index) for index in range(len(self._devices))]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child, _directory in self._agents:
-            assert child.stdin is not None
-            child.stdin.close()  # they end with it
-        for child, directory in self._agents:
-            try:
-                child.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            remove_directory(directory)
+        end([agent.child for agent in self._agents])
+        for agent in self._agents:
+            remove_directory(agent.directory)
 
     def serve(self) -> None:
         """Keep all agents alive until SIGTERM or SIGINT."""
@@ -82,23 +83,22 @@ class HostService:
             self._renew()
 
     def _renew(self) -> None:
-        for index, (child, directory) in enumerate(self._agents):
-            if (status := child.poll()) is None or time.monotonic() < self._again_at[index]:
+        for index, agent in enumerate(self._agents):
+            now = time.monotonic()
+            if (status := agent.child.poll()) is None or now < agent.again_at_s:
                 continue
-            failed_at_once = status and time.monotonic() - self._started[index] < _SHORT_S
-            if failed_at_once and not self._again_at[index]:
+            failed_at_once = status and now - agent.started_s < _SHORT_S
+            if failed_at_once and not agent.again_at_s:
                 _log.warning("agent %d ended at once with status %d; its standard error says why", index, status)
-                self._again_at[index] = time.monotonic() + _LATER_S
+                agent.again_at_s = now + _LATER_S
                 continue
-            assert child.stdin is not None
-            child.stdin.close()
-            remove_directory(directory)  # what a killed one could not remove
-            self._again_at[index] = 0.0
+            end([agent.child])
+            remove_directory(agent.directory)  # what a killed one could not remove
             self._agents[index] = self._start(index)
 
-    def _start(self, index: int) -> tuple[subprocess.Popen[bytes], Path]:
+    def _start(self, index: int) -> _Running:
         directory = private_directory(self._memory_root, "ckpt-")
-        self._started[index] = time.monotonic()
+        started_s = time.monotonic()
         child = spawn(
             AgentConfig(
                 address=self._key.address,
@@ -116,4 +116,4 @@ class HostService:
                 log_level=self._log_level,
             )
         )
-        return child, directory
+        return _Running(child=child, directory=directory, started_s=started_s)

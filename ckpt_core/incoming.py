@@ -8,17 +8,18 @@ first update a bucket is made while the rank waits for its bytes.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckpt_core.bucket import Piece
 from ckpt_core.contract import LoadBucket, LoadTensor
 from ckpt_core.dtypes import DType
-from ckpt_core.layout import Box
 from ckpt_core.manifest import TensorMeta
+from ckpt_core.parts import Taken, parts_of
 from ckpt_core.plan import Plan, Step
-from ckpt_core.strided import row_major
+from ckpt_core.strided import Strided, row_major
 from ckpt_core.transport.base import RingReader
 from ckpt_core.wanted import Wanted
 
@@ -66,6 +67,11 @@ class RingTensor(LoadTensor):
         self._strides = row_major(self._shape)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the piece."""
+        return self._shape
+
+    @property
     def tensor(self) -> torch.Tensor:
         """A view of the ring, made now."""
         return self._place.typed(self._dtype).as_strided(self._shape, self._strides, self._offset)
@@ -73,6 +79,26 @@ class RingTensor(LoadTensor):
     def strided(self, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
         """See LoadTensor."""
         return self._place.typed(self._dtype).as_strided(size, stride, self._offset + offset)
+
+
+class TakenPart(NamedTuple):
+    """What the rank takes of one piece.
+
+    Attributes:
+        number: among all that it takes of this bucket.
+        item: the piece, as hooks see it.
+        region: elements of the piece, counted from its first.
+        whole: that is all of them.
+        offset_bytes: of the piece, in the ring.
+        size_bytes: of the part.
+    """
+
+    number: int
+    item: LoadTensor
+    region: Strided
+    whole: bool
+    offset_bytes: int
+    size_bytes: int
 
 
 # No slots: what follows from it is kept beside it.
@@ -84,25 +110,42 @@ class IncomingBucket:
         load: for the plugin.
         names: of its tensors.
         size_bytes: of its pieces.
-        pieces: position in the manifest, meta, offset in the ring and size, for digests.
+        parts: what the rank takes of these pieces.
     """
 
     load: LoadBucket
     names: frozenset[str]
     size_bytes: int
-    pieces: tuple[tuple[int, TensorMeta, int, int], ...]
+    parts: tuple[TakenPart, ...]
     place: RingPlace
 
-    def split(self, replayed: frozenset[str]) -> tuple[tuple[LoadTensor, ...], LoadBucket, frozenset[str]]:
-        """Tensors of those names, a bucket of the others, and which of the names were there. Worked out once."""
+    def split(self, replayed: frozenset[str]) -> SplitBucket:
+        """What is replayed of it and what is not, by those names. Worked out once."""
         known = self.__dict__.get("_split")
         if known is None or known[0] is not replayed:
-            mine = tuple(item for item in self.load.tensors if item.name in replayed)
-            rest = tuple(item for item in self.load.tensors if item.name not in replayed)
-            parts = mine, LoadBucket(index=self.load.index, tensors=rest), frozenset(item.name for item in mine)
-            known = self.__dict__["_split"] = (replayed, parts)
-        found: tuple[tuple[LoadTensor, ...], LoadBucket, frozenset[str]] = known[1]
+            known = self.__dict__["_split"] = (replayed, _split(self, replayed))
+        found: SplitBucket = known[1]
         return found
+
+
+class SplitBucket(NamedTuple):
+    """Tensors to replay, what is taken of them, their names; and a bucket of the others."""
+
+    replayed: tuple[LoadTensor, ...]
+    parts: tuple[TakenPart, ...]
+    names: frozenset[str]
+    rest: LoadBucket
+
+
+def _split(bucket: IncomingBucket, replayed: frozenset[str]) -> SplitBucket:
+    items = tuple(item for item in bucket.load.tensors if item.name in replayed)
+    rest = tuple(item for item in bucket.load.tensors if item.name not in replayed)
+    return SplitBucket(
+        replayed=items,
+        parts=tuple(part for part in bucket.parts if part.item.name in replayed),
+        names=frozenset(item.name for item in items),
+        rest=LoadBucket(index=bucket.load.index, tensors=rest),
+    )
 
 
 class Incoming:
@@ -136,26 +179,33 @@ class Incoming:
 
 
 def _bucket(step: Step, wanted: Wanted, place: RingPlace) -> IncomingBucket:
-    taken = [piece for piece in step.bucket.pieces if _touches(piece, wanted.boxes.get(piece.tensor, []))]
-    metas = [wanted.manifest.tensors[piece.tensor] for piece in taken]
-    offsets = [step.ring_offset_bytes + piece.offset_bytes for piece in taken]
-    tensors = tuple(
-        RingTensor(meta, piece, place, offset) for meta, piece, offset in zip(metas, taken, offsets, strict=True)
-    )
+    pieces = step.bucket.pieces
+    taken = list(parts_of(step.bucket, wanted.boxes))
+    items: dict[int, RingTensor] = {}
+    for number in dict.fromkeys(part.piece for part in taken):
+        meta = wanted.manifest.tensors[pieces[number].tensor]
+        items[number] = RingTensor(meta, pieces[number], place, step.ring_offset_bytes + pieces[number].offset_bytes)
     return IncomingBucket(
-        load=LoadBucket(index=step.index, tensors=tensors),
-        names=frozenset(meta.name for meta in metas),
-        size_bytes=sum(piece.size_bytes for piece in taken),
-        pieces=tuple(
-            (piece.tensor, meta, offset, piece.size_bytes)
-            for piece, meta, offset in zip(taken, metas, offsets, strict=True)
+        load=LoadBucket(index=step.index, tensors=tuple(items.values())),
+        names=frozenset(item.name for item in items.values()),
+        size_bytes=sum(pieces[number].size_bytes for number in items),
+        parts=tuple(
+            _part(number, part, pieces[part.piece], items[part.piece], step.ring_offset_bytes)
+            for number, part in enumerate(taken)
         ),
         place=place,
     )
 
 
-def _touches(piece: Piece, boxes: list[Box | None]) -> bool:
-    return any(box is None or piece.box is None or not box.disjoint(piece.box) for box in boxes)
+def _part(number: int, part: Taken, piece: Piece, item: RingTensor, ring_offset_bytes: int) -> TakenPart:
+    region, size_bytes = Strided.whole(item.shape), piece.size_bytes
+    if not part.whole:
+        assert part.box is not None, "only boxes are parts"
+        start = part.box.start if piece.box is None else part.box.relative_to(piece.box).start
+        offset = sum(map(int.__mul__, start, region.stride))
+        region = Strided(offset=offset, size=part.box.shape, stride=region.stride)
+        size_bytes = piece.size_bytes // math.prod(item.shape) * part.box.size
+    return TakenPart(number, item, region, part.whole, ring_offset_bytes + piece.offset_bytes, size_bytes)
 
 
 @functools.cache

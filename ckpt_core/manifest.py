@@ -20,12 +20,14 @@ import xxhash
 
 from ckpt_core.dtypes import DType, size_bytes
 from ckpt_core.errors import ManifestError
+from ckpt_core.files import read_regular
 from ckpt_core.source import SourceIndex
 
 _FORMAT = "ckpt-manifest"
 _FORMAT_VERSION = 1
 _HEX_DIGEST = re.compile(r"[0-9a-f]{32}")
 _MAX_TENSOR_BYTES = 2**63 - 1
+_MAX_FILE_BYTES = 512 << 20  # a trillion parameters in 140,000 tensors take some 25 MB
 # Domain separation of leaves and nodes, as in RFC 6962 section 2.1: no tree can pass for another tree's leaf.
 _LEAF, _NODE, _EMPTY = b"\x00", b"\x01", b"\x02"
 
@@ -74,7 +76,16 @@ class TensorMeta(msgspec.Struct, frozen=True, kw_only=True):
 
 @lru_cache(maxsize=4096)  # models repeat a few shapes a hundred thousand times
 def _is_sound(shape: tuple[int, ...], dtype: DType) -> bool:
-    return min(shape) >= 0 and size_bytes(shape, dtype) <= _MAX_TENSOR_BYTES
+    """Multiplied in order and no further than it must: the product of a long list of large numbers takes minutes.
+
+    As for safetensors, a zero behind an overflow does not save it.
+    """
+    total = dtype.itemsize
+    for extent in shape:
+        total *= extent
+        if extent < 0 or max(total, extent) > _MAX_TENSOR_BYTES:
+            return False
+    return True
 
 
 # No slots: cached_property needs a __dict__. Only the declared field travels.
@@ -200,6 +211,8 @@ class Manifest:
         Raises:
             ManifestError: it is not that.
         """
+        if len(data) > _MAX_FILE_BYTES:
+            raise ManifestError(f"expected a manifest of at most {_MAX_FILE_BYTES} bytes, got {len(data)}")
         try:
             file = msgspec.json.decode(data, type=_ManifestFile, strict=True)
         except (ValueError, RecursionError) as error:
@@ -234,9 +247,10 @@ class Manifest:
             ManifestError: it cannot be read, or is not that.
         """
         try:
-            return cls.from_json(Path(path).read_bytes())
-        except OSError as error:
-            raise ManifestError(f"{str(path)!r}: cannot be read ({error.strerror}); check the path") from error
+            return cls.from_json(read_regular(path, _MAX_FILE_BYTES))
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise ManifestError(f"{str(path)!r:.300}: cannot be read ({reason}); check the path") from error
         except ManifestError as error:
             raise ManifestError(f"{str(path)!r}: {error}") from error
 

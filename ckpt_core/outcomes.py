@@ -12,6 +12,7 @@ _SEVERITY = (Outcome.COMMITTED, Outcome.CLEAN, Outcome.RESTORED, Outcome.POISONE
 _OUTCOME_OF = {
     AbortOutcome.UNTOUCHED: Outcome.CLEAN,
     AbortOutcome.RELOADABLE: Outcome.POISONED,
+    AbortOutcome.RESTORED: Outcome.RESTORED,
     AbortOutcome.POISONED: Outcome.POISONED,
 }
 SAYS = {

@@ -7,6 +7,8 @@ import select
 import socket
 from pathlib import Path
 
+import msgspec
+
 from ckpt_core.errors import TransportError
 from ckpt_core.wire import ProcessInfo
 
@@ -44,6 +46,45 @@ def check_can_share(mine: ProcessInfo, other: ProcessInfo, who: str) -> None:
             f"{who} is in another IPC namespace ({other.ipc_namespace}, here {mine.ipc_namespace}); start its container with "
             "--ipc=host, or both with the same --ipc=container:ID"
         )
+
+
+class ProcessMark(msgspec.Struct, frozen=True, kw_only=True):
+    """Which process, for good: a number comes again, a number with its start and boot does not.
+
+    Attributes:
+        pid, start_ticks: its number, and when it started in clock ticks since the boot.
+        boot_id, pid_namespace: where that number counts.
+    """
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+    pid_namespace: str
+
+    @classmethod
+    def here(cls) -> ProcessMark:
+        """The mark of this process."""
+        mine = current()
+        ticks = _start_ticks(mine.pid)
+        assert ticks is not None, "this process runs"
+        return cls(pid=mine.pid, start_ticks=ticks, boot_id=mine.boot_id, pid_namespace=mine.pid_namespace)
+
+    def is_gone(self) -> bool:
+        """Whether it surely ended; False also where it cannot be seen from this PID namespace."""
+        mine = current()
+        if self.boot_id != mine.boot_id:
+            return True
+        return self.pid_namespace == mine.pid_namespace and _start_ticks(self.pid) != self.start_ticks
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started; None where there is none, or nothing but its exit status is left."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, *fields = text.rpartition(")")[2].split()  # its name may hold spaces and brackets
+    return None if state in "ZX" else int(fields[18])
 
 
 class DeathWatch:

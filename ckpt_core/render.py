@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
@@ -10,9 +11,11 @@ from rich.table import Table
 from ckpt_core.contract import EndpointStatus, EngineInfo
 from ckpt_core.cost import Prediction
 from ckpt_core.in_flight import InFlight
+from ckpt_core.look_report import EngineLook
 from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import Stage, UpdateReport
 from ckpt_core.plan import Plan
+from ckpt_core.readiness import VersionRow
 
 
 def human_bytes(count: float) -> str:
@@ -157,6 +160,41 @@ def engines_table(infos: list[EngineInfo]) -> Table:
             ),
         )
     return table
+
+
+def versions_table(rows: Sequence[VersionRow]) -> Table:
+    """The versions of `ckpt versions`."""
+    table = Table("label", "digest", "GB", "tensors", "warm", "used", "where", "run by")
+    for row in rows:
+        gb, warm = f"{row.size_bytes / 1e9:.3f}", "yes" if row.warm else "no"
+        cells = (row.label, row.digest, gb, str(row.tensors), warm, row.used_at, row.where, ", ".join(row.engines))
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def look_table(look: EngineLook) -> Table:
+    """What a look found in one engine."""
+    committed = {None: "none written down", True: "those of its commit", False: "not those of its commit"}
+    table = Table(title=escape(f"{look.engine} at {look.endpoint}"), show_header=False)
+    for name, value in (
+        ("compared with", f"{look.version} ({look.digest})"),
+        ("result", "equal" if look.equal else "differs" if look.differing_count else "not proved"),
+        (
+            "compared",
+            f"{human_bytes(look.equal_bytes + look.differing_bytes)}, {look.checked_share:.1%} of what it takes",
+        ),
+        ("differing", _some(look.differing, look.differing_count)),
+        ("not comparable", _some(look.unchecked, look.unchecked_count)),
+        ("fingerprints", f"{', '.join(text[:12] for text in look.fingerprints)}: {committed[look.as_committed]}"),
+        *(("note", note) for note in look.notes),
+    ):
+        table.add_row(name, escape(value))
+    return table
+
+
+def _some(names: Sequence[str], count: int) -> str:
+    rest = f" and {count - len(names[:4])} more" if count > len(names[:4]) else ""
+    return f"{count}: {', '.join(names[:4])}{rest}" if count else "none"
 
 
 def status_table(status: EndpointStatus) -> Table:

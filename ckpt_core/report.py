@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,9 +10,15 @@ import msgspec
 
 from ckpt_core import process, wire
 from ckpt_core.agent_peers import AgentHost
+from ckpt_core.boarding import Boarding
+from ckpt_core.config import VerifyLevel
+from ckpt_core.content import Content
 from ckpt_core.endpoint import Endpoint
+from ckpt_core.fleet import Fleet
 from ckpt_core.fleet_plan import FleetPlan
 from ckpt_core.metrics import HostReport, RankReport, Stopwatch
+from ckpt_core.stats import RankStats
+from ckpt_core.store_records import EngineRecord
 from ckpt_core.trace import Lane, Track, TrackKind
 
 
@@ -29,6 +36,40 @@ def rank_report(
         fingerprint=verified.fingerprint,
         stats=msgspec.structs.replace(verified.stats, tracks=()),
     )
+
+
+def reached(level: VerifyLevel, ranks: Iterable[RankStats]) -> VerifyLevel:
+    """The level that every byte of every rank reached."""
+    if level is VerifyLevel.LIVE and any(stats.digested_bytes for stats in ranks):
+        return VerifyLevel.ARRIVAL
+    return level
+
+
+def engine_records(
+    fleet: Fleet,
+    boarding: Boarding,
+    verified: Mapping[bytes, wire.Verified | wire.Compared],
+    *,
+    content: Content,
+    version: str,
+    update_id: str,
+) -> list[EngineRecord]:
+    """What each engine runs, once it is committed."""
+    instances = boarding.by_endpoint(lambda _peer, hello: hello.rank.instance_id)
+    prints = boarding.by_endpoint(lambda peer, _hello: verified[peer].fingerprint)
+    return [
+        EngineRecord(
+            url=member.endpoint.url,
+            engine=member.endpoint.engine,
+            instance_id=instances[member.endpoint.url][0],
+            digest=content.digest,
+            version=version,
+            update_id=update_id,
+            fingerprints=prints[member.endpoint.url],
+            committed_at=time.time(),
+        )
+        for member in fleet.members
+    ]
 
 
 def host_reports(

@@ -52,18 +52,24 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(path: str | os.PathLike[str], file: BinaryIO | None = None) -> Header:
     """Header of a safetensors file.
+
+    Args:
+        path: its name.
+        file: the same, where the caller has opened it already; it stays open.
 
     Raises:
         ManifestError: the file cannot be read, or is not a well-formed and complete safetensors file.
     """
     name = os.fspath(path)
     try:
+        if file is not None:
+            return _read(name, file)
         # A FIFO or device must be refused, not waited for.
         descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            return _read(name, file)
+        with open(descriptor, "rb") as opened:
+            return _read(name, opened)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         message = f"{name!r:.300}: cannot be read ({error}); check the path and its permissions"
         raise ManifestError(message) from error
@@ -84,7 +90,8 @@ def _read(path: str, file: BinaryIO) -> Header:
             f"{path!r}: header length: expected at most {MAX_HEADER_BYTES} bytes, got {header_bytes}; "
             "this is not a safetensors file, or it is damaged"
         )
-    raw = file.read(header_bytes)
+    # the file's size first: a read takes memory for all that it is asked for
+    raw = file.read(min(header_bytes, max(0, status.st_size - LENGTH_BYTES)))
     if len(raw) < header_bytes:
         raise ManifestError(f"{path!r}: header: expected {header_bytes} bytes, got {len(raw)}; {_REMEDY}")
     return _parse(path, raw, size_bytes=status.st_size)

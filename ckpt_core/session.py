@@ -13,24 +13,29 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
 from ckpt_core import wire
 from ckpt_core.agent_peers import AgentPeers, Rings
-from ckpt_core.agreement import Agreement, KnownPlan, Ranks, Terms, open_rings, version_digest
+from ckpt_core.agreement import Agreement, KnownPlan, Ranks, Terms, open_rings
+from ckpt_core.boarding import Boarding
 from ckpt_core.config import UpdateConfig
-from ckpt_core.contract import Rendezvous
+from ckpt_core.content import Content
 from ckpt_core.conversation import Conversation
-from ckpt_core.errors import CkptError, EngineError, EngineStateError, Outcome, UpdateAborted
+from ckpt_core.errors import CkptError, EngineError, Outcome, UpdateAborted
+from ckpt_core.expected import Expected
 from ckpt_core.fleet import Fleet
 from ckpt_core.fleet_plan import FleetPlan
+from ckpt_core.insist import insist
 from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import Stage, Stopwatch, UpdateReport
 from ckpt_core.outcomes import SAYS, outcomes_by_endpoint, worst
-from ckpt_core.report import host_reports, rank_report, tracks_of
+from ckpt_core.report import engine_records, host_reports, rank_report, reached, tracks_of
 from ckpt_core.source import SourceIndex
 from ckpt_core.states import NEXT, SessionState
+from ckpt_core.store_records import EngineRecord
 from ckpt_core.trace import Track
 from ckpt_core.uncollected import uncollected
 
@@ -52,7 +57,13 @@ class Session:
         known_plan: of the last update with these agents.
         on_progress: told stage, done and total bytes, now and then.
 
+        expect: what ranks must hold before they commit; None for whatever the checkpoint says.
+        on_state: called when the attempt moves; raises to end it.
+
     Attributes:
+        boarding: its ranks.
+        content: the checkpoint.
+        version: the label.
         plan: what was carried out, once it is committed.
         known_plan: the same, to be taken again by the next update; None where the next one needs another.
     """
@@ -68,11 +79,13 @@ class Session:
         config: UpdateConfig,
         known_plan: KnownPlan | None,
         on_progress: OnProgress,
+        expect: Expected | None = None,
+        on_state: Callable[[Session], None] = lambda _session: None,
     ) -> None:
         self.update_id = secrets.token_hex(6)
         self.state = SessionState.IDLE
-        self._index = index
-        self._version = version
+        self.content = Content(index=index, agents=agents, config=config)
+        self.version = version
         self._fleet = fleet
         self._agents = agents
         self._talk = conversation
@@ -81,14 +94,18 @@ class Session:
         self.known_plan: KnownPlan | None = None
         self.plan: FleetPlan | None = None
         self._on_progress = on_progress
-        self._token = secrets.token_hex(16)
+        self._expect = expect
+        self._on_state = on_state
         self._watch = Stopwatch()
         self._started = time.perf_counter()
         self._paused_at = self._started
-        self._hellos: dict[bytes, wire.RankHello] = {}
+        self.boarding = Boarding(fleet=fleet, conversation=conversation, config=config, update_id=self.update_id)
+        self._hellos, self._name = self.boarding.hellos, self.boarding.name
         self._verified: dict[bytes, wire.Verified] = {}
         self._committed: dict[bytes, wire.Committed] = {}
         self._sent: dict[bytes, wire.Sent] = {}
+        self._words: dict[bytes, wire.Aborted | wire.Committed] = {}  # the last ones of ranks
+        self._begun = False
         self._rings: Rings = ()
         self._ranks = Ranks(hellos={}, host_of=())
 
@@ -116,25 +133,22 @@ class Session:
             self._transfer(plan)
             self._commit(manifest)
         except BaseException as error:
-            if (aborted := self._undo(error)) is not None:
+            if (aborted := insist(partial(self._undo, error))) is not None:
                 raise aborted from error
         self.plan = plan
         if not any(answer.stats.learned for answer in self._verified.values()):  # else rings are as asked for again
-            self.known_plan = KnownPlan(plan=plan, ranks=self._ranks.keys, asked=self._terms(manifest).asked)
+            self.known_plan = KnownPlan(
+                plan=plan, ranks=self._ranks.keys, replay=self._config.replay, parts=self.content.parts
+            )
         self._serve()
         return plan
 
     def _prepare(self) -> Manifest:
         with self._watch.stage(Stage.PREPARE):
-            bytes_by_agent: dict[str, int] = {}
-            self._follow(Stage.PREPARE, self._index.size_bytes, bytes_by_agent)
-            self._pool = self._agents.prepare(
-                self._index, digest=self._config.digest_content, timeout_s=self._config.prepare_timeout_s
-            )
-            self._structure = Manifest.from_index(self._index)
-            manifest = self._structure.with_digests(self._pool.digests)
-        self._version = self._version or version_digest(manifest).removeprefix("structure-")[:12]
-        return manifest
+            self._follow(Stage.PREPARE, self.content.index.size_bytes, {})
+            self.content.prepare(self._known_plan)
+        self.version = self.version or self.content.digest.removeprefix("structure-")[:12]
+        return self.content.manifest
 
     def _open_rings(self, manifest: Manifest) -> Rings:
         """Before the pause: a device's memory is asked for while engines still serve."""
@@ -158,45 +172,19 @@ class Session:
         self._move(SessionState.PAUSED)
 
     def _attach(self) -> None:
-        count = sum(member.world_size for member in self._fleet.members)
         with self._watch.stage(Stage.ATTACH):
             self._agents.check_alive()
-            self._talk.listen_to(self._token)
-            self._talk.watches.append(self._fleet.check_attached)
-            self._fleet.attach(self._rendezvous)
-            timeout_s = self._config.attach_timeout_s
-            self._talk.admit(wire.RankHello, count, timeout_s=timeout_s, who="rank", into=self._hellos)
-            self._hellos = dict(sorted(self._hellos.items(), key=lambda item: _order(item[1])))
-            self._check_ranks()
+            self.boarding.board()
             host_of = [self._agents.host_of(hello.process, self._name(hello)) for hello in self._hellos.values()]
             self._ranks = Ranks(hellos=self._hellos, host_of=tuple(host_of))
-            for peer, hello in self._hellos.items():
-                self._talk.introduce(peer, hello.process, self._name(hello))
         self._move(SessionState.ATTACHED)
-
-    def _check_ranks(self) -> None:
-        """Every rank of every engine, each once."""
-        found = [_order(hello) for hello in self._hellos.values()]
-        expected = [
-            (index, rank) for index, member in enumerate(self._fleet.members) for rank in range(member.world_size)
-        ]
-        sizes = all(
-            hello.rank.world_size == self._fleet.members[hello.endpoint_index].world_size
-            for hello in self._hellos.values()
-            if 0 <= hello.endpoint_index < len(self._fleet.members)
-        )
-        if found != expected or not sizes:
-            raise EngineStateError(
-                f"expected ranks (endpoint, rank) {expected} to dial in, got {found}; the engine's status and its ranks "
-                "disagree about its size: mend the plugin"
-            )
 
     def _terms(self, manifest: Manifest) -> Terms:
         return Terms(
             update_id=self.update_id,
-            version=self._version,
+            version=self.version,
             manifest=manifest,
-            structure=self._structure,
+            structure=self.content.structure,
             config=self._config,
             device_kind=self._fleet.device_kind(),
         )
@@ -212,17 +200,35 @@ class Session:
         with self._watch.stage(Stage.LAYOUT):
             layouts = agreement.ask_layouts()
         with self._watch.stage(Stage.PLAN):
-            return agreement.agree_on_new(layouts)
+            plan = agreement.agree_on_new(layouts)
+            self.content.take_plan(plan, [reply.layout for reply in layouts])
+        return plan
 
     def _transfer(self, plan: FleetPlan) -> None:
         self._move(SessionState.LOADING)
+        self._begun = True
         with self._watch.stage(Stage.TRANSFER):
             self._follow(Stage.TRANSFER, plan.needed_bytes, {})
-            for peer in self._hellos:
-                self._talk.tell(peer, wire.Begin())
+            for rank, peer in enumerate(self._hellos):
+                self._talk.tell(peer, wire.Begin(parts=self.content.expected_by(rank)))
             self._agents.start_sending(timeout_s=self._config.transfer_timeout_s, trace=self._config.trace)
             self._await_transfer()
+            self.content.check_again()
+            if self._expect is not None:
+                self._expect.check(self.engine_records)
         self._move(SessionState.VERIFYING)
+
+    @property
+    def engine_records(self) -> list[EngineRecord]:
+        """What each engine runs, once it is committed."""
+        return engine_records(
+            self._fleet,
+            self.boarding,
+            self._verified,
+            content=self.content,
+            version=self.version,
+            update_id=self.update_id,
+        )
 
     def _await_transfer(self) -> None:
         wanted: dict[bytes, type[wire.Verified | wire.Sent]] = dict.fromkeys(self._hellos, wire.Verified)
@@ -238,27 +244,32 @@ class Session:
         with self._watch.stage(Stage.COMMIT):
             self._talk.watches.clear()  # attach calls come back from now on
             for peer in self._hellos:
-                self._talk.tell(peer, wire.Commit(version=self._version, digest=version_digest(manifest)))
+                self._talk.tell(peer, wire.Commit(version=self.version, digest=self.content.digest))
             wanted = dict.fromkeys(self._hellos, wire.Committed)
             # nobody needs an agent any more: only the ranks' own deaths count
             self._talk.gather(wanted, timeout_s=self._config.commit_timeout_s, into=self._committed, only_theirs=True)
         self._move(SessionState.COMMITTED)
 
     def _serve(self) -> None:
-        """Flush and resume; the weights are committed, whatever happens here."""
+        """Flush and resume; the weights are committed, whatever happens here. An engine that cannot holds no other one up."""
         try:
             with self._watch.stage(Stage.DETACH):
-                self._detach()
+                late = self._attempt(self.boarding.leave)
             with self._watch.stage(Stage.FLUSH):
-                self._fleet.flush(accept_stale=self._config.allow_stale_cache, timeout_s=self._config.commit_timeout_s)
+                failed = self._fleet.flush(
+                    accept_stale=self._config.allow_stale_cache, timeout_s=self._config.commit_timeout_s
+                )
+            whole = [member.endpoint.url for member in self._fleet.members if member.endpoint.url not in failed]
             with self._watch.stage(Stage.RESUME):
-                self._fleet.resume(self._version)
+                self._fleet.resume(self.version, only=whole)
+            if errors := [*failed.values(), *late]:
+                raise errors[0]
         except CkptError as error:
-            error.args = (f"version {self._version} is committed on every rank, but: {error}",)
+            error.args = (f"version {self.version} is committed on every rank, but: {error}",)
             raise
         except Exception as error:
             raise EngineError(
-                f"version {self._version} is committed on every rank, but a plugin failed to flush or resume: {error!r}"
+                f"version {self.version} is committed on every rank, but a plugin failed to flush or resume: {error!r}"
             ) from error
         finally:
             self._give_back()
@@ -271,27 +282,30 @@ class Session:
         self._talk.on_progress = lambda _name, _progress: None
         _log.info("undoing update %s in state %s: %s", self.update_id, self.state.value, error)
         self._talk.watches.clear()
-        begun = self.state in (SessionState.LOADING, SessionState.VERIFYING)
         farewell = wire.Abort(cause=str(error) or type(error).__name__)
         self._talk.turn_away(farewell)  # ranks that have not dialled in yet are on their way
         for peer in self._hellos:
             self._talk.tell(peer, farewell)
         urls = [member.endpoint.url for member in self._fleet.members]
-        by_endpoint = outcomes_by_endpoint(urls, self._hellos, self._last_words(), begun=begun)
+        by_endpoint = outcomes_by_endpoint(urls, self._hellos, self._last_words(), begun=self._begun)
         for member in self._fleet.members:
-            if member.was_poisoned and by_endpoint[member.endpoint.url] is Outcome.CLEAN:
-                by_endpoint[member.endpoint.url] = Outcome.POISONED  # this update did not touch it: it still is
+            # not touched by this update, it still is what it was; and who goes back had not been whole
+            was_mixed = member.was_poisoned or self._expect is not None
+            if was_mixed and by_endpoint[member.endpoint.url] is Outcome.CLEAN:
+                by_endpoint[member.endpoint.url] = Outcome.POISONED
         outcome = worst(by_endpoint.values())
         if outcome is Outcome.COMMITTED:
-            self._move(SessionState.COMMITTED)
+            if self.state is not SessionState.COMMITTED:  # an interrupt may come right behind the commit
+                self._move(SessionState.COMMITTED)
             return None
-        self._move(SessionState(outcome.value))
+        if self.state in NEXT:  # else it was interrupted here
+            self._move(SessionState(outcome.value))
         self._talk.idle_until(lambda: self._fleet.detach(0.0), timeout_s=self._config.commit_timeout_s)
-        causes = [error, *self._attempt(self._detach), *self._attempt(self._give_back)]
+        causes = [error, *self._attempt(self.boarding.leave), *self._attempt(self._give_back)]
         whole = [url for url, found in by_endpoint.items() if found in (Outcome.CLEAN, Outcome.RESTORED)]
-        causes += self._attempt(lambda: self._fleet.resume(None, only=whole))
+        causes += self._attempt(lambda: self._fleet.resume_unchanged(whole))
         return UpdateAborted(
-            f"update {self.update_id} to {self._version}: {SAYS[outcome]} Cause: {error or type(error).__name__}",
+            f"update {self.update_id} to {self.version}: {SAYS[outcome]} Cause: {error or type(error).__name__}",
             outcome=outcome,
             by_endpoint=by_endpoint,
             causes=causes,
@@ -302,41 +316,25 @@ class Session:
         open_ends: dict[bytes, tuple[type[wire.Aborted | wire.Committed], ...]] = {
             peer: (wire.Aborted, wire.Committed) for peer in self._hellos if peer not in self._committed
         }
-        words = self._talk.gather(open_ends, timeout_s=_UNDO_TIMEOUT_S, patient=True)
-        return {**words, **self._committed}
+        open_ends = {peer: kinds for peer, kinds in open_ends.items() if peer not in self._words}
+        words: dict[bytes, wire.Aborted | wire.Committed] = {}
+        try:
+            self._talk.gather(open_ends, timeout_s=_UNDO_TIMEOUT_S, patient=True, into=words)
+        finally:
+            self._words |= words  # nobody says them twice
+        return {**self._words, **self._committed}
 
     def _attempt(self, call: Callable[[], None]) -> list[BaseException]:
         """A step of the way back must not stop the next one."""
         try:
             call()
-        except Exception as error:  # noqa: BLE001 told among the causes
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 told among the causes
             return [error]
         return []
-
-    def _detach(self) -> None:
-        """Attach calls returned, ranks have unmapped all rings, the token is worthless."""
-        in_time = self._fleet.detach(self._config.commit_timeout_s)
-        self._talk.dismiss(self._hellos, self._token)
-        if not in_time:
-            raise EngineStateError(
-                "an attach call did not come back although its ranks are done; the engine may hang: look into its log"
-            )
 
     def _give_back(self) -> None:
         """Rings given back. Not before ranks have unmapped them, and nobody waits for a resume meanwhile."""
         self._agents.close_rings(timeout_s=self._config.commit_timeout_s)
-
-    def _rendezvous(self, endpoint_index: int) -> Rendezvous:
-        config = self._config
-        return Rendezvous(
-            address=self._talk.address,
-            token=self._token,
-            update_id=self.update_id,
-            silence_timeout_s=config.silence_timeout_s,
-            lifetime_s=3 * config.attach_timeout_s + config.transfer_timeout_s + 2 * config.commit_timeout_s,
-            endpoint_index=endpoint_index,
-            server_key=self._talk.server_key,
-        )
 
     def _follow(self, stage: Stage, total: int, done_by_name: dict[str, int]) -> None:
         def note(name: str, progress: wire.Progress) -> None:
@@ -345,19 +343,17 @@ class Session:
 
         self._talk.on_progress = note
 
-    def _name(self, hello: wire.RankHello) -> str:
-        return f"rank {hello.rank.rank} of {self._fleet.members[hello.endpoint_index].endpoint}"
-
     def _move(self, state: SessionState) -> None:
         assert state in NEXT[self.state], f"no way from {self.state} to {state}"
         self.state = state
+        self._on_state(self)
 
     def _report(self, manifest: Manifest, plan: FleetPlan) -> UpdateReport:
         now = time.perf_counter()
         return UpdateReport(
             update_id=self.update_id,
-            version=self._version,
-            digest=version_digest(manifest),
+            version=self.version,
+            digest=self.content.digest,
             outcome=Outcome.COMMITTED,
             size_bytes=manifest.size_bytes,
             tensors=len(manifest.tensors),
@@ -366,18 +362,18 @@ class Session:
             stages=self._watch.seconds,
             transfer_gb_s=plan.size_bytes / 1e9 / self._watch.seconds[Stage.TRANSFER.value],
             ring_bytes=plan.ring_bytes,
-            verified=self._config.verify_on(self._fleet.device_kind()).value,
-            in_flight=self._fleet.in_flight(self._config.pause_mode, self._version),
-            digest_s=self._pool.digest_s,
-            locked_bytes=self._pool.locked_bytes,
-            lock_s=self._pool.lock_s,
+            verified=reached(self._config.level, [answer.stats for answer in self._verified.values()]).value,
+            in_flight=self._fleet.in_flight(self._config.pause_mode, self.version),
+            digest_s=self.content.pool.digest_s,
+            locked_bytes=self.content.pool.locked_bytes,
+            lock_s=self.content.pool.lock_s,
             ranks=tuple(
                 rank_report(
                     hello,
                     self._verified[peer],
                     self._fleet.members[hello.endpoint_index].endpoint,
-                    version=self._version,
-                    digest=version_digest(manifest),
+                    version=self.version,
+                    digest=self.content.digest,
                 )
                 for peer, hello in self._hellos.items()
             ),
@@ -390,7 +386,3 @@ class Session:
         sent = [self._sent[peer] for peer in self._agents.peers]
         ranks = {self._name(hello): self._verified[peer] for peer, hello in self._hellos.items()}
         return tracks_of(self._watch, sent, ranks)
-
-
-def _order(hello: wire.RankHello) -> tuple[int, int]:
-    return hello.endpoint_index, hello.rank.rank

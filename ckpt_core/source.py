@@ -15,10 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ckpt_core.dtypes import DType, size_bytes
 from ckpt_core.errors import CapacityError, ConfigError, ManifestError
+from ckpt_core.files import read_regular
 from ckpt_core.safetensors_header import parse_json_object, read_header
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 POOL_ALIGN_BYTES = 256
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
-_MAX_INDEX_BYTES = 1_000_000_000
+_MAX_INDEX_BYTES = 200_000_000  # a trillion parameters in 140,000 tensors take some 20 MB
 
 Location = str | os.PathLike[str]
 
@@ -56,6 +57,10 @@ class SourceFile:
             raise ManifestError(f"{os.fspath(path)!r}: cannot be read ({error.strerror}); check the path") from error
         if not stat.S_ISREG(status.st_mode):
             raise ManifestError(f"{os.fspath(path)!r}: expected a regular file; name a {_SUFFIX} file")
+        return cls._as(real, status)
+
+    @classmethod
+    def _as(cls, real: str, status: os.stat_result) -> SourceFile:
         return cls(
             path=real,
             size_bytes=status.st_size,
@@ -66,7 +71,30 @@ class SourceFile:
 
     def check(self) -> None:
         """Raise ManifestError where the file is not the one that was opened, or was written since."""
-        now = SourceFile.of(self.path)
+        self._compare(SourceFile.of(self.path))
+
+    def open(self) -> BinaryIO:
+        """The file itself, for reading: whatever is put in its place, before or afterwards, is not read.
+
+        Raises:
+            ManifestError: it cannot be opened, is another one by now, or was written since.
+        """
+        try:
+            # no link: `path` has none left, so one that is there now was put there. A FIFO is refused, not waited for.
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise ManifestError(
+                f"cannot open {self.path}: {error.strerror}; put it back, or mend its permissions, and start again"
+            ) from error
+        file = os.fdopen(descriptor, "rb")
+        try:
+            self._compare(SourceFile._as(self.path, os.fstat(descriptor)))
+        except ManifestError:
+            file.close()
+            raise
+        return file
+
+    def _compare(self, now: SourceFile) -> None:
         if now != self:
             fields = ("size_bytes", "mtime_ns", "inode", "device")
             changed = [name for name in fields if getattr(now, name) != getattr(self, name)]
@@ -192,9 +220,8 @@ def _open_indexed(path: Path) -> SourceIndex:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise ManifestError(f"{str(path)!r}: expected an index, got more than {_MAX_INDEX_BYTES} bytes")
-        weight_map = parse_json_object(path.read_bytes()).get("weight_map")
+        _check_target(path)
+        weight_map = parse_json_object(read_regular(path, _MAX_INDEX_BYTES)).get("weight_map")
     except OSError as error:
         raise ManifestError(f"{str(path)!r}: cannot be read ({error.strerror}); check its permissions") from error
     except ValueError as error:
@@ -233,8 +260,11 @@ def _index_files(paths: Sequence[Path]) -> SourceIndex:
     files: list[SourceFile] = []
     extents: dict[str, Extent] = {}
     for number, path in enumerate(paths):
+        _check_target(path)
         file = SourceFile.of(path)
-        for tensor in read_header(path).tensors:
+        with file.open() as opened:
+            header = read_header(path, opened)
+        for tensor in header.tensors:
             if tensor.name in extents:
                 first = paths[extents[tensor.name].file]
                 raise ManifestError(
@@ -255,6 +285,27 @@ def _index_files(paths: Sequence[Path]) -> SourceIndex:
         where = ", ".join(repr(str(path)) for path in paths[:4]) or "an empty list of files"
         raise ManifestError(f"expected a checkpoint with tensors, got none in {where}; check the path")
     return _sorted_index(files, extents.values())
+
+
+def _check_target(path: Path) -> None:
+    """Links out of a directory are followed: a hub's cache is made of them. What they lead to must not be anybody's to write.
+
+    Raises:
+        ManifestError: others may write to it.
+    """
+    real = Path(os.path.realpath(path))
+    if real.parent == Path(os.path.realpath(path.parent)):
+        return
+    with suppress(OSError):  # who opens it says what is wrong
+        status = real.stat()
+        ours = status.st_uid in (0, os.getuid())
+        # a user's own file may be his group's, too: with umask 002 all are
+        others = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not ours)
+        if others and stat.S_ISREG(status.st_mode):
+            raise ManifestError(
+                f"{str(path)!r}: a link to {str(real)!r}, which others may write to (mode {stat.S_IMODE(status.st_mode):04o}, "
+                f"uid {status.st_uid}); chmod go-w that file, or copy it into the directory"
+            )
 
 
 def _sorted_index(files: Iterable[SourceFile], extents: Iterable[Extent]) -> SourceIndex:

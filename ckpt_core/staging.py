@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,10 @@ import numpy as np
 
 from ckpt_core.bucket import Bucket
 from ckpt_core.device import Device, DevicePart, HostBytes, Unlock
-from ckpt_core.errors import ConfigError, ManifestError
+from ckpt_core.errors import ConfigError
 from ckpt_core.layout import Box
 from ckpt_core.manifest import Manifest, content_digest
-from ckpt_core.rows import rows_of, within_regions
+from ckpt_core.rows import Rows, rows_of, within_regions
 from ckpt_core.source import Extent, SourceFile, SourceIndex
 
 _REGION_BYTES = 1 << 30  # page locks are per region: few and large
@@ -132,8 +131,7 @@ class HostPool:
         runs = replace(runs, first_offset_bytes=extent.offset_bytes + runs.first_offset_bytes)
         for block in rows_of(runs):
             for rows in within_regions(block, _REGION_BYTES):
-                shape, strides = (rows.count, rows.run_bytes), (rows.pitch_bytes, 1)
-                yield offset, np.lib.stride_tricks.as_strided(file[rows.first_byte :], shape, strides, writeable=False)
+                yield offset, _rows_in(file, rows)
                 offset += rows.count * rows.run_bytes
 
     def _bytes(self, file: int, first: int, size: int) -> HostBytes | DevicePart:
@@ -175,9 +173,24 @@ class HostPool:
 
     def digest(self, name: str) -> str:
         """Content digest of a tensor. Never kept: stores through a mapping change no time stamp of a memory file."""
+        return content_digest(self.packed(name, None).data)
+
+    def packed(self, name: str, box: Box | None) -> HostBytes:
+        """Bytes of a tensor, or of a box of it, row-major: in place where they follow each other there, else a copy."""
         extent = self._extents[name]
-        data = self._bytes(extent.file, extent.offset_bytes, extent.size_bytes)
-        return content_digest((self._device.read(data) if isinstance(data, DevicePart) else data).data)
+        if box is None or box.is_contiguous_in(extent.shape):
+            size = extent.size_bytes if box is None else box.size * extent.dtype.itemsize
+            return self._read(extent.file, extent.offset_bytes + _first_byte(box, extent), size)
+        runs = box.byte_runs(extent.shape, extent.dtype.itemsize)
+        first = runs.first_offset_bytes
+        last = sum((n - 1) * stride for n, stride in zip(runs.outer_shape, runs.outer_strides_bytes, strict=True))
+        within = self._read(extent.file, extent.offset_bytes + first, last + runs.run_bytes if runs.count else 0)
+        blocks = [_rows_in(within, replace(rows, first_byte=rows.first_byte - first)) for rows in rows_of(runs)]
+        return blocks[0].reshape(-1) if len(blocks) == 1 else np.concatenate([block.reshape(-1) for block in blocks])
+
+    def _read(self, file: int, first: int, size: int) -> HostBytes:
+        data = self._bytes(file, first, size)
+        return self._device.read(data) if isinstance(data, DevicePart) else data
 
     def check_unchanged(self) -> None:
         """Raise ManifestError where a file was written, cut or replaced since it was indexed."""
@@ -195,15 +208,14 @@ class HostPool:
         self._extents.clear()
 
 
+def _rows_in(data: HostBytes, rows: Rows) -> HostBytes:
+    shape, strides = (rows.count, rows.run_bytes), (rows.pitch_bytes, 1)
+    return np.lib.stride_tricks.as_strided(data[rows.first_byte :], shape, strides, writeable=False)
+
+
 def _map(file: SourceFile) -> _MappedFile:
-    try:
-        fd = os.open(file.path, os.O_RDONLY)
-    except OSError as error:
-        raise ManifestError(f"cannot open {file.path}: {error.strerror}; put it back and start again") from error
-    try:
-        mapping = mmap.mmap(fd, file.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
-    finally:
-        os.close(fd)
+    with file.open() as opened:
+        mapping = mmap.mmap(opened.fileno(), file.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
     return _MappedFile(mapping=mapping, array=np.frombuffer(mapping, dtype=np.uint8))
 
 

@@ -11,6 +11,7 @@ class RankStats(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank did in an update. Seconds of wall time, bytes as they lie in the checkpoint.
 
     Attributes:
+        digested_bytes: compared, as they arrived, with what the agents read; live_bytes: compared where they lie now.
         replayed_bytes: read by recorded copies, without the engine's loader; of `received_bytes`, which counts whole pieces.
         recorded_share: of the bytes that the engine's loader takes: those that recorded copies could.
         learned: its next layout will be another: this update proved what recorded copies can do.
@@ -25,6 +26,7 @@ class RankStats(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint_s: float
     retained_bytes: int
     digested_bytes: int
+    live_bytes: int = 0
     replayed_bytes: int = 0
     recorded_share: float = 0.0
     learned: bool = False

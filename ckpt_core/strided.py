@@ -36,6 +36,25 @@ class Strided:
         """Number of indexes; an expanded dimension counts its repetitions."""
         return math.prod(self.size)
 
+    @property
+    def reach(self) -> int:
+        """One more than the last flat position; 0 where there is none."""
+        if 0 in self.size:
+            return 0
+        return self.offset + sum((n - 1) * stride for n, stride in zip(self.size, self.stride, strict=True)) + 1
+
+    def collapsed(self) -> Strided:
+        """The same elements in the same order, in as few dimensions as possible."""
+        merged: list[tuple[int, int]] = []
+        for n, stride in zip(self.size, self.stride, strict=True):
+            if n == 1:
+                continue
+            if merged and merged[-1][1] == stride * n:
+                merged[-1] = (merged[-1][0] * n, stride)
+            else:
+                merged.append((n, stride))
+        return Strided(offset=self.offset, size=tuple(n for n, _ in merged), stride=tuple(s for _, s in merged))
+
     def block(self, part: Part) -> Strided:
         """A part of it."""
         offset = self.offset + sum(map(int.__mul__, part.start, self.stride))

@@ -1,7 +1,7 @@
 """Messages between controller, agents and ranks: a closed, typed, versioned schema in MessagePack. No pickle.
 
-Every frame is one `Envelope`. Who receives it checks protocol version, token and sequence number before looking at
-the body, and refuses what is too large before decoding it.
+Every frame is one `Envelope`. Who receives it checks protocol version, token, sequence number and size before anything of
+the body is decoded. What the body holds is decided by lengths in it, and these are checked against its bytes first.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import msgspec
 
 from ckpt_core.contract import AbortOutcome, RankInfo
 from ckpt_core.errors import CkptError, WireError
-from ckpt_core.layout import Layout
+from ckpt_core.layout import Box, Layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Plan
 from ckpt_core.relay import Relay
 from ckpt_core.source import SourceIndex
 from ckpt_core.stats import AgentStats, RankStats
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_MESSAGE_BYTES = 512 << 20  # a plan of a trillion parameters in 140,000 tensors takes some 30 MB
+MAX_REPLY_BYTES = 128 << 20  # to the controller go layouts, digests and traces, which are smaller than plans
+MAX_SMALL_BYTES = 1 << 20
 
 
 class ProcessInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +68,13 @@ class RingSet(msgspec.Struct, frozen=True, kw_only=True):
     offers: tuple[RingOffer, ...]
     receiver: int
     receivers: int
+
+
+class PartOf(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A tensor of a manifest, by its index, or a box of it."""
+
+    tensor: int
+    box: Box | None
 
 
 class Links(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,13 +127,11 @@ class AskLayout(Message, frozen=True, kw_only=True):
     """Which slices of this checkpoint do you need?
 
     Attributes:
-        replay: write recorded slices straight into parameters, where that was proved.
-        slices: ask for these slices only; else for whole tensors, whose digests can be compared.
+        replay: ask for recorded slices, and write them straight into parameters, where that was proved.
     """
 
     manifest: Manifest
     replay: bool = True
-    slices: bool = True
 
 
 class OfferPlan(Message, frozen=True, kw_only=True):
@@ -132,11 +139,9 @@ class OfferPlan(Message, frozen=True, kw_only=True):
 
     Attributes:
         plan: None for the one that the rank knows from its last update.
-        digests: content of the checkpoint's tensors, in the order of its manifest; empty where none are to be compared.
     """
 
     plan: Plan | None
-    digests: tuple[str, ...]
     rings: RingSet
     update_id: str
     version: str
@@ -145,10 +150,17 @@ class OfferPlan(Message, frozen=True, kw_only=True):
     fingerprint: bool
     transfer_timeout_s: float
     trace: bool = False
+    snapshot: bool = False
 
 
 class Begin(Message, frozen=True, kw_only=True):
-    """All ranks agreed: load."""
+    """All ranks agreed: load.
+
+    Attributes:
+        parts: by bucket, digests of what this rank takes of it, see `parts.parts_of`; little-endian. Empty to compare none.
+    """
+
+    parts: dict[int, bytes] = msgspec.field(default_factory=dict)
 
 
 class Commit(Message, frozen=True, kw_only=True):
@@ -156,6 +168,22 @@ class Commit(Message, frozen=True, kw_only=True):
 
     version: str
     digest: str
+
+
+class AskHeld(Message, frozen=True, kw_only=True):
+    """A look, in place of an update: which slices of this checkpoint do you hold just as they are in it?
+
+    Attributes:
+        manifest: None to tell a fingerprint and nothing else.
+    """
+
+    manifest: Manifest | None
+
+
+class CompareHeld(Message, frozen=True, kw_only=True):
+    """What you hold should have these digests: of the parts that you named, in their order; little-endian."""
+
+    digests: bytes
 
 
 # -- ranks to controller ---------------------------------------------------------------------------------------------------
@@ -203,9 +231,43 @@ class Aborted(Message, frozen=True, kw_only=True):
     outcome: AbortOutcome
 
 
+class HeldSlices(Message, frozen=True, kw_only=True):
+    """Answer to AskHeld.
+
+    Attributes:
+        parts: that live parameters hold as they are in the checkpoint.
+        unchecked, unchecked_bytes: tensors that the loader takes and nobody can compare, and how much it takes of them.
+        fit: what of checkpoint and engine does not fit each other; no entries.
+        why: nothing can be compared at all, and this is the reason; "" else.
+    """
+
+    parts: tuple[PartOf, ...]
+    unchecked: tuple[str, ...] = ()
+    unchecked_bytes: int = 0
+    fit: Layout | None = None
+    why: str = ""
+
+
+class Compared(Message, frozen=True, kw_only=True):
+    """Answer to CompareHeld.
+
+    Attributes:
+        differing: tensors that live otherwise: the first few of so many.
+        fingerprint: of all live weights; "" where the plugin does not show them.
+    """
+
+    equal_bytes: int = 0
+    differing_bytes: int = 0
+    differing: tuple[str, ...] = ()
+    differing_count: int = 0
+    fingerprint: str = ""
+
+
 # -- controller to agents --------------------------------------------------------------------------------------------------
 class Prepare(Message, frozen=True, kw_only=True):
-    """Map the files of this checkpoint and digest these tensors of it.
+    """Map the files of this checkpoint; digest these parts of it, and then these tensors.
+
+    Parts come first: what changes between the two is then not what the tensors' digests say, and ranks see that.
 
     Attributes:
         holds: tensors that this agent's host has to read; None for all.
@@ -214,6 +276,7 @@ class Prepare(Message, frozen=True, kw_only=True):
     index: SourceIndex
     digest: tuple[str, ...]
     holds: tuple[str, ...] | None = None
+    parts: tuple[PartOf, ...] = ()
 
 
 class OpenRing(Message, frozen=True, kw_only=True):
@@ -265,9 +328,10 @@ class AgentHello(Message, frozen=True, kw_only=True):
 
 
 class Prepared(Message, frozen=True, kw_only=True):
-    """Answer to Prepare: content digests by tensor name, and what was newly page-locked."""
+    """Answer to Prepare: content digests by tensor name, those of parts as in Begin, and what was newly page-locked."""
 
     digests: dict[str, str]
+    parts: bytes = b""
     digest_s: float
     locked_bytes: int
     lock_s: float
@@ -305,6 +369,8 @@ AnyMessage = (
     | OfferPlan
     | Begin
     | Commit
+    | AskHeld
+    | CompareHeld
     | RankHello
     | LayoutReply
     | PlanAgreed
@@ -312,6 +378,8 @@ AnyMessage = (
     | Verified
     | Committed
     | Aborted
+    | HeldSlices
+    | Compared
     | Prepare
     | OpenRing
     | TakePlan
@@ -326,6 +394,13 @@ AnyMessage = (
 )
 
 
+# These grow with the checkpoint. All others are small, whatever is updated.
+LARGE_ASKS = (AskLayout, OfferPlan, AskHeld, CompareHeld, Prepare, TakePlan)
+LARGE_REPLIES = (LayoutReply, Verified, HeldSlices, Prepared, Sent)
+_ASK_TAGS = frozenset(kind.__name__ for kind in LARGE_ASKS)
+_REPLY_TAGS = frozenset(kind.__name__ for kind in LARGE_REPLIES)
+
+
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """One frame. `seq` counts from 1 per sender and connection."""
 
@@ -335,8 +410,25 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     body: AnyMessage
 
 
+class _Sealed(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """An Envelope of which the body is not decoded yet, only walked over: no length in it goes beyond its bytes."""
+
+    protocol: int
+    token: str
+    seq: int
+    body: msgspec.Raw
+
+
+class _Tag(msgspec.Struct, frozen=True, kw_only=True):
+    """What kind of body it is."""
+
+    type: str
+
+
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Envelope)
+_sealed_decoder = msgspec.msgpack.Decoder(_Sealed)
+_tag_decoder = msgspec.msgpack.Decoder(_Tag)
+_body_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(body: AnyMessage, *, token: str, seq: int) -> bytes:
@@ -347,8 +439,8 @@ def encode(body: AnyMessage, *, token: str, seq: int) -> bytes:
         raise WireError(
             f"a {type(body).__name__} holds text that is no UTF-8 ({error}); rename the file or tensor"
         ) from error
-    if len(frame) > MAX_MESSAGE_BYTES:
-        raise WireError(f"a {type(body).__name__} of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+    if len(frame) > (limit := _limit_of(type(body).__name__)):
+        raise WireError(f"a {type(body).__name__} of {len(frame)} bytes exceeds the limit of {limit}")
     return frame
 
 
@@ -361,8 +453,8 @@ def decode(frame: bytes, *, tokens: Collection[str], last_seq: int) -> Envelope:
     if len(frame) > MAX_MESSAGE_BYTES:
         raise WireError(f"a frame of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
     try:
-        envelope = _decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, CkptError) as error:
+        envelope = _sealed_decoder.decode(frame)
+    except _NOT_IN_SCHEMA as error:
         raise WireError(f"a frame of {len(frame)} bytes is not in the schema: {error}") from error
     if envelope.protocol != PROTOCOL_VERSION:
         raise WireError(
@@ -373,4 +465,24 @@ def decode(frame: bytes, *, tokens: Collection[str], last_seq: int) -> Envelope:
         raise WireError("a frame carries a wrong token; it is not from this update")
     if envelope.seq != last_seq + 1:
         raise WireError(f"expected frame {last_seq + 1}, got {envelope.seq}; frames were lost or repeated")
-    return envelope
+    body = _decode_body(envelope.body, len(frame))
+    return Envelope(protocol=envelope.protocol, token=envelope.token, seq=envelope.seq, body=body)
+
+
+_NOT_IN_SCHEMA = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, CkptError)
+
+
+def _decode_body(raw: msgspec.Raw, size_bytes: int) -> AnyMessage:
+    try:
+        if size_bytes > MAX_SMALL_BYTES and size_bytes > (limit := _limit_of(tag := _tag_decoder.decode(raw).type)):
+            raise WireError(f"a {tag!r:.50} of {size_bytes} bytes exceeds the limit of {limit}")
+        return _body_decoder.decode(raw)
+    except WireError:
+        raise
+    except _NOT_IN_SCHEMA as error:
+        raise WireError(f"a frame of {size_bytes} bytes is not in the schema: {error}") from error
+
+
+def _limit_of(tag: str) -> int:
+    limit = MAX_MESSAGE_BYTES if tag in _ASK_TAGS else MAX_REPLY_BYTES if tag in _REPLY_TAGS else MAX_SMALL_BYTES
+    return min(limit, MAX_MESSAGE_BYTES)

@@ -8,6 +8,8 @@
                        -> Verified           |
     Commit: disarm     -> Committed          |  or Abort -> Aborted
 
+    RankHello, AskHeld -> HeldSlices, CompareHeld -> Compared, Abort -> Aborted: a look, which writes nothing
+
 The controller's silence is an abort, too: a rank never waits for ever, and never serves what was not committed.
 """
 
@@ -23,22 +25,25 @@ from ckpt_core.apply import Applier
 from ckpt_core.channel import AbortRequested, Line
 from ckpt_core.config import VerifyLevel
 from ckpt_core.contract import AbortOutcome, AttachResult, RankInfo, Rendezvous, Update
-from ckpt_core.errors import EngineError, EngineStateError, PlanError, TransferTimeout
+from ckpt_core.errors import EngineStateError, PlanError, TransferTimeout
 from ckpt_core.failure import describe, failure_message
+from ckpt_core.guard import Guard
 from ckpt_core.incoming import Incoming
 from ckpt_core.layout import Layout, whole_layout
 from ckpt_core.per_worker import PerWorker
 from ckpt_core.pipeline import receive
 from ckpt_core.plan import Plan, check_plan
 from ckpt_core.polling import Poller
+from ckpt_core.rank_look import show_held
 from ckpt_core.record.recorded import RecordedModel
 from ckpt_core.ring_maps import RingMaps
+from ckpt_core.snapshot import RankSnapshot
 from ckpt_core.stats import RankStats
 from ckpt_core.trace import SpanRecorder, SpanStage, TrackKind
 from ckpt_core.tracks import ProcessTracks
 from ckpt_core.transport.base import RingReader
 from ckpt_core.uncollected import uncollected
-from ckpt_core.verify import fingerprint
+from ckpt_core.verify import Verifier, fingerprint
 from ckpt_core.wanted import Wanted
 
 _log = logging.getLogger(__name__)
@@ -85,7 +90,6 @@ _known: PerWorker[AgreedPlan] = (
     PerWorker()
 )  # of the last committed update; whoever takes it gives it back when it holds again
 _recorded: PerWorker[RecordedModel] = PerWorker()
-_guarded: PerWorker[bool] = PerWorker()  # whose guard an update armed and none has disarmed since
 
 
 def _recorded_of(worker: Any, plugin: plugins.EnginePlugin) -> RecordedModel | None:
@@ -120,6 +124,8 @@ class _Attachment:
         self._update: Update | None = None  # set before begin is called: from then on weights may be touched
         self._phase = "attach"
         self._recorded = _recorded_of(worker, plugin)
+        self._guard = Guard(worker, plugin.hook, rank=info.rank)
+        self._snapshot: RankSnapshot | None = None
         self._learned = False
 
     def run(self) -> tuple[str, str]:
@@ -160,8 +166,13 @@ class _Attachment:
         )
         if refusal is not None:
             raise refusal
-        first = self._line.expect(wire.MapRings, wire.OfferPlan)
-        if isinstance(first, wire.OfferPlan):
+        first = self._line.expect(wire.MapRings, wire.OfferPlan, wire.AskHeld)
+        if isinstance(first, wire.AskHeld):
+            self._phase = "look"
+            if known is not None:
+                _known.put(self._worker, known)
+            show_held(self._line, first, self._worker, self._plugin)
+        elif isinstance(first, wire.OfferPlan):
             offer = first
         else:
             assert isinstance(first, wire.MapRings)
@@ -197,14 +208,14 @@ class _Attachment:
         self._phase = "layout"
         manifest = ask.manifest
         layout: Layout = self._hook.ckpt_layout(worker=self._worker, manifest=manifest) or whole_layout(manifest)
-        if layout.missing and _guarded.get(self._worker):
+        if layout.missing and self._guard.armed:
             lacking = f"{len(layout.missing)} tensors that the engine needs, e.g. {layout.missing[0]!r:.200}"
             raise EngineStateError(
                 f"rank {self._info.rank}: an earlier update left mixed weights, and this checkpoint, which lacks {lacking}, "
                 "cannot mend them; send a whole checkpoint, or restart the engine"
             )
         if self._recorded is not None:
-            layout = self._recorded.layout(manifest, layout, replay=ask.replay, slices=ask.slices)
+            layout = self._recorded.layout(manifest, layout, replay=ask.replay)
         self._line.send(wire.LayoutReply(layout=layout))
         return layout
 
@@ -232,7 +243,9 @@ class _Attachment:
         self._incoming.map(self._readers, plan.ring_bytes)
 
     def _load(self, offer: wire.OfferPlan, agreed: AgreedPlan) -> None:
-        self._line.expect(wire.Begin)
+        begin = self._line.expect(wire.Begin)
+        assert isinstance(begin, wire.Begin)
+        verifier = Verifier(VerifyLevel(offer.verify), begin.parts)
         replayed = self._recorded.roots if self._recorded is not None else frozenset[str]()
         update = Update(
             update_id=offer.update_id,
@@ -242,8 +255,9 @@ class _Attachment:
             partial=bool(replayed),
             replayed=agreed.incoming.names & replayed,
         )
+        if offer.snapshot:
+            self._snapshot = RankSnapshot(self._worker, self._hook, update, self._guard)
         begin_s = self._begin(update)
-        digests = offer.digests if offer.verify == VerifyLevel.ARRIVAL.value else None
         tracks = ProcessTracks(f"rank {self._info.rank}", TrackKind.RANK, wanted=offer.trace)
         if offer.trace and self._readers:
             tracks.timer = self._readers[0].timer()
@@ -252,7 +266,7 @@ class _Attachment:
             self._worker,
             update,
             agreed.incoming,
-            digests,
+            verifier,
             recorded=self._recorded,
             spans=tracks.spans,
             timer=tracks.timer,
@@ -266,18 +280,20 @@ class _Attachment:
             self._learned = self._recorded is not None and self._recorded.finish()
         finish_s = time.perf_counter() - start
         self._phase = "verify"
+        verify_s = self._compare(verifier)
         with tracks.spans.timed(SpanStage.FINGERPRINT):
             print_, fingerprint_s = self._fingerprint(wanted=offer.fingerprint)
         stats = RankStats(
             received_bytes=applier.received_bytes,
             wait_s=wait_s,
             load_s=applier.load_s,
-            digest_s=applier.digest_s,
+            digest_s=applier.digest_s + verify_s,
             begin_s=begin_s,
             finish_s=finish_s,
             fingerprint_s=fingerprint_s,
             retained_bytes=applier.retained_bytes,
-            digested_bytes=applier.digested_bytes,
+            digested_bytes=verifier.arrived_bytes,
+            live_bytes=verifier.live_bytes,
             replayed_bytes=applier.replayed_bytes,
             recorded_share=self._recorded.recorded_share if self._recorded is not None else 0.0,
             learned=self._learned,
@@ -320,6 +336,14 @@ class _Attachment:
         )
         return poller.waited_s
 
+    def _compare(self, verifier: Verifier) -> float:
+        """Digests that the device still works on, and those of what lives now. Seconds."""
+        start = time.perf_counter()
+        verifier.settle()
+        if verifier.level is VerifyLevel.LIVE and self._recorded is not None:
+            self._recorded.check_live(verifier)
+        return time.perf_counter() - start
+
     def _fingerprint(self, *, wanted: bool) -> tuple[str, float]:
         start = time.perf_counter()
         live = self._hook.ckpt_live(worker=self._worker) if wanted else None
@@ -328,8 +352,7 @@ class _Attachment:
     def _commit(self) -> None:
         self._phase = "commit"
         self._line.expect(wire.Commit)
-        self._hook.ckpt_poison(worker=self._worker, cause=None)
-        _guarded.pop(self._worker)
+        self._guard.disarm()
         self._line.send(wire.Committed())
 
     def _undo(self, error: Exception) -> AbortOutcome:
@@ -340,45 +363,19 @@ class _Attachment:
         self._tell(wire.Aborted(outcome=outcome))
         return outcome
 
+    def _abort(self, update: Update, error: Exception) -> AbortOutcome:
+        wrote = self._recorded is not None and self._recorded.wrote
+        if self._recorded is not None:
+            self._recorded.forget()  # what was learned may be what went wrong
+        cause = f"update {update.update_id} failed in {self._phase}: {describe(error)}"
+        outcome = self._guard.abort(update, cause, wrote=wrote)
+        return outcome if self._snapshot is None else self._snapshot.put_back(outcome)
+
     def _tell(self, message: wire.AnyMessage) -> None:
         try:
             self._line.send(message)
         except Exception:  # noqa: BLE001 undoing goes on
             _log.exception("rank %d could not tell how it ended", self._info.rank)
-
-    def _abort(self, update: Update, error: Exception) -> AbortOutcome:
-        cause = f"update {update.update_id} failed in {self._phase}: {describe(error)}"
-        before = _guarded.get(self._worker) is not None
-        wrote = self._recorded is not None and self._recorded.wrote
-        if self._recorded is not None:
-            self._recorded.forget()  # what was learned may be what went wrong
-        armed = self._arm(cause)
-        try:
-            outcome = self._hook.ckpt_abort(worker=self._worker, update=update, cause=cause)
-            if not isinstance(outcome, AbortOutcome):
-                raise EngineError(f"ckpt_abort must return an AbortOutcome, got {outcome!r}")
-            if outcome is AbortOutcome.UNTOUCHED and wrote:
-                outcome = AbortOutcome.RELOADABLE  # the plugin does not know of what was written past it
-            if outcome is AbortOutcome.UNTOUCHED and not before:
-                self._hook.ckpt_poison(worker=self._worker, cause=None)
-                _guarded.pop(self._worker)
-                return outcome
-        except Exception:  # noqa: BLE001 POISONED is the answer to any failure here
-            _log.exception("abort failed; the weights of rank %d are not known to be any checkpoint", self._info.rank)
-            return AbortOutcome.POISONED
-        if outcome is AbortOutcome.UNTOUCHED:
-            return AbortOutcome.POISONED  # by this update, yes: the mixed weights of an earlier one are still there
-        return outcome if armed else AbortOutcome.POISONED
-
-    def _arm(self, cause: str) -> bool:
-        """Arm the guard. Where that fails, the engine must still be aborted."""
-        _guarded.put(self._worker, True, for_good=True)
-        try:
-            self._hook.ckpt_poison(worker=self._worker, cause=cause)
-        except Exception:  # noqa: BLE001 POISONED is the answer to that, below
-            _log.exception("the poison guard of rank %d could not be armed", self._info.rank)
-            return False
-        return True
 
 
 class _Reporter:

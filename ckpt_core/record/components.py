@@ -21,12 +21,15 @@ class Component:
     why_not: str = ""
 
 
-def components(recording: Recording, sizes: Mapping[str, int], excluded: Mapping[str, str]) -> tuple[Component, ...]:
+def components(
+    recording: Recording, sizes: Mapping[str, int], excluded: Mapping[str, str], *, partly: bool = False
+) -> tuple[Component, ...]:
     """Group what a recording found.
 
     Args:
         sizes: elements of each live parameter, by name.
         excluded: modules that are not as the loader left them, with the reason.
+        partly: that a parameter is filled in part is no reason.
     """
     joined = _Joined()
     for copy in recording.copies:
@@ -42,7 +45,7 @@ def components(recording: Recording, sizes: Mapping[str, int], excluded: Mapping
         reasons.setdefault(joined.name_of(root), f"{root}: {why}")
     if "" in recording.reaches:  # plain writes that are no constants
         reasons.setdefault(joined.name_of(""), "the loader writes computed values")
-    for name, misfit in _badly_covered(recording, sizes).items():
+    for name, misfit in _badly_covered(recording, sizes, partly=partly).items():
         reasons.setdefault(joined.name_of_module(module_of(name)), f"{name}: {misfit}")
     for module, why in excluded.items():
         reasons.setdefault(joined.name_of_module(module), f"{module}: {why}")
@@ -52,7 +55,7 @@ def components(recording: Recording, sizes: Mapping[str, int], excluded: Mapping
     )
 
 
-def _badly_covered(recording: Recording, sizes: Mapping[str, int]) -> dict[str, str]:
+def _badly_covered(recording: Recording, sizes: Mapping[str, int], *, partly: bool) -> dict[str, str]:
     covered: dict[str, int] = {}
     for copy in recording.copies:
         covered[copy.parameter] = covered.get(copy.parameter, 0) + copy.destination.numel
@@ -61,7 +64,7 @@ def _badly_covered(recording: Recording, sizes: Mapping[str, int]) -> dict[str, 
     return {
         name: f"{count} of {sizes.get(name, 'no')} elements are written"
         for name, count in covered.items()
-        if count != sizes.get(name)
+        if count != sizes.get(name) and not (partly and count < sizes.get(name, 0))
     }
 
 

@@ -12,16 +12,19 @@ from typing import Any, TypeVar
 import torch
 
 from ckpt_core.contract import LoadBucket, LoadTensor, RecordingTarget
+from ckpt_core.incoming import TakenPart
 from ckpt_core.layout import Layout, LayoutEntry
 from ckpt_core.manifest import Manifest
 from ckpt_core.plugins import EnginePlugin
 from ckpt_core.record.components import components
+from ckpt_core.record.live import LiveHomes
 from ckpt_core.record.proof import Proof, Verdict
 from ckpt_core.record.recorder import record
 from ckpt_core.record.recording import Recording
 from ckpt_core.record.replay import Replay
 from ckpt_core.record.thin import thin
 from ckpt_core.record.watch import named_tensors, sums_of_others
+from ckpt_core.verify import Verifier
 
 _log = logging.getLogger(__name__)
 _MOST_DROPS = 3  # a replay that never lasts costs a watched update each time
@@ -46,6 +49,7 @@ class RecordedModel:
         self._proof: Proof | None = None
         self._replay: Replay | None = None
         self._conditions: _Conditions | None = None
+        self._homes = LiveHomes()
         self._active = True
         self._thin = False
         self._watched = False
@@ -88,24 +92,24 @@ class RecordedModel:
         self._structure, self._proof, self._replay, self.recording = "", None, None, None
         self._watched = False
 
-    def layout(self, manifest: Manifest, plain: Layout, *, replay: bool, slices: bool) -> Layout:
+    def layout(self, manifest: Manifest, plain: Layout, *, replay: bool) -> Layout:
         """What is needed once loaders are known: parts of what is replayed, nothing of what the loader does not want.
 
         Args:
             plain: what the plugin asks for.
             replay: else the loader is used, and not watched.
-            slices: ask only for the recorded slices; else for whole tensors, in parts.
         """
         self._active, self.lost = replay, False
         if replay:
             self._guarded(lambda: self._learn(manifest), "recorded")
         if not replay or self._replay is None or self.recording is None:
             return plain
-        return refined(plain, self.recording, self._replay.roots, slices=slices)
+        return refined(plain, self.recording, self._replay.roots)
 
     def begin(self) -> None:
         """Right before the engine's begin hook."""
         self.wrote = False
+        self._homes.begin()
         self._watched = self._active and self._replay is None and self._proof is not None and self._proof.worth_a_try
         if self._watched and self._proof is not None:
             self._guarded(self._proof.begin, "watched")
@@ -117,6 +121,19 @@ class RecordedModel:
             self.wrote = True
             self._replay.fill()
         return self._replay.load(index, items)
+
+    def at_home(self, index: int, items: tuple[LoadTensor, ...], parts: Sequence[TakenPart]) -> frozenset[int]:
+        """Numbers of the parts of bucket `index` that can be compared where the replay puts them."""
+        assert self._replay is not None
+        return self._homes.add(index, items, parts, self._replay.pulls(index, items))
+
+    def check_live(self, verifier: Verifier) -> None:
+        """Compare, after the finish hook, what was replayed and can be compared where it lives.
+
+        Raises:
+            VerificationError: a digest differs.
+        """
+        self._homes.check(verifier)
 
     def for_loader(self, bucket: LoadBucket) -> LoadBucket:
         """The bucket as the engine's loader gets it."""
@@ -150,6 +167,7 @@ class RecordedModel:
         parameters = {name: named[name] for component in proved for name in component.parameters}
         roots: frozenset[str] = frozenset().union(*(component.roots for component in proved))
         self._replay, self._conditions = Replay(self.recording, parameters, roots), _Conditions(target, self.recording)
+        self._homes = LiveHomes()
         return True
 
     def _guarded(self, look: Callable[[], Found], what: str) -> Found | None:
@@ -183,15 +201,15 @@ class RecordedModel:
         return target
 
 
-def refined(plain: Layout, recording: Recording, replayed: Collection[str], *, slices: bool) -> Layout:
-    """A layout with parts (or recorded slices) of the tensors that are replayed; the others stay as they are.
+def refined(plain: Layout, recording: Recording, replayed: Collection[str]) -> Layout:
+    """A layout with the recorded slices of the tensors that are replayed; the others stay as they are.
 
     Also those that the loader was not seen to take: that a recording lost sight of them proves nothing.
     """
     entries: list[LayoutEntry] = []
     for entry in plain.entries:
         if entry.tensor in replayed:
-            boxes = recording.boxes_of(entry.tensor) if slices else (None,)
+            boxes = recording.boxes_of(entry.tensor)
             entries += [LayoutEntry(tensor=entry.tensor, box=box, group=entry.group, cut=True) for box in boxes]
         else:
             entries.append(entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ import torch
 
 from ckpt_core.contract import LoadTensor
 from ckpt_core.record.pieces import taken_of
-from ckpt_core.record.recording import Recording
+from ckpt_core.record.recording import Copy, Recording
 from ckpt_core.strided import Strided, row_major
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Pull:
+class Pull:
     """One copy: elements of the piece, counted from its first, and where they go.
 
     Attributes:
@@ -41,7 +41,7 @@ class Replay:
         self.roots = frozenset(roots)
         self._recording = recording
         self._parameters = parameters
-        self._known: dict[int, tuple[tuple[LoadTensor, ...], list[_Pull]]] = {}
+        self._known: dict[int, tuple[tuple[LoadTensor, ...], list[Pull]]] = {}
         self._places = {name: _place(tensor) for name, tensor in parameters.items()}
 
     def holds_for(self, parameters: dict[str, torch.Tensor]) -> bool:
@@ -55,12 +55,17 @@ class Replay:
                 where = fill.destination
                 _region(self._parameters[fill.parameter], where).fill_(fill.value)
 
-    def load(self, index: int, items: tuple[LoadTensor, ...]) -> int:
-        """Pull what the parameters need of these pieces, bucket `index` of the plan. Bytes read."""
+    def pulls(self, index: int, items: tuple[LoadTensor, ...]) -> list[Pull]:
+        """Copies of these pieces, bucket `index` of the plan, worked out once."""
         known, pulls = self._known.get(index, ((), []))
         if known is not items:
             pulls = [pull for item in items for pull in self._pulls(item)]
             self._known[index] = (items, pulls)
+        return pulls
+
+    def load(self, index: int, items: tuple[LoadTensor, ...]) -> int:
+        """Pull what the parameters need of these pieces, bucket `index` of the plan. Bytes read."""
+        pulls = self.pulls(index, items)
         if not pulls:
             return 0
         dense: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -79,22 +84,30 @@ class Replay:
                 torch._foreach_copy_(*batch, non_blocking=True)
         return size_bytes
 
-    def _pulls(self, item: LoadTensor) -> list[_Pull]:
+    def _pulls(self, item: LoadTensor) -> list[Pull]:
         return [
-            _pull(item, source, copy.dtype, self._parameters[copy.parameter], copy.destination.block(part))
+            pull
             for copy in self._recording.copies_of[item.name]
-            for part, source in taken_of(item, copy.source, self._recording.shapes[item.name])
+            for pull in pulls_of(item, copy, self._parameters[copy.parameter], self._recording.shapes[item.name])
         ]
 
 
-def _pull(item: LoadTensor, source: Strided, dtype: torch.dtype, parameter: torch.Tensor, where: Strided) -> _Pull:
+def pulls_of(item: LoadTensor, copy: Copy, parameter: torch.Tensor, shape: Sequence[int]) -> list[Pull]:
+    """What a recorded copy takes of a piece, and where it goes in the live parameter. `shape`: of the whole tensor."""
+    return [
+        _pull(item, source, copy.dtype, parameter, copy.destination.block(part))
+        for part, source in taken_of(item, copy.source, shape)
+    ]
+
+
+def _pull(item: LoadTensor, source: Strided, dtype: torch.dtype, parameter: torch.Tensor, where: Strided) -> Pull:
     destination = _region(parameter, where)
     row_by_row = destination.is_contiguous() and source.stride == row_major(source.size)
     dense = row_by_row and destination.stride() == source.stride and destination.dtype == dtype
-    return _Pull(item=item, source=source, dtype=dtype, destination=destination, dense=dense)
+    return Pull(item=item, source=source, dtype=dtype, destination=destination, dense=dense)
 
 
-def _source(pull: _Pull) -> torch.Tensor:
+def _source(pull: Pull) -> torch.Tensor:
     region = pull.source
     found = pull.item.strided(region.size, region.stride, region.offset)
     return found if found.dtype == pull.dtype else found.view(pull.dtype)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ckpt_core.assign import assign_owners
 from ckpt_core.bucket import Bucket, Piece, collect_needs
 from ckpt_core.layout import Box, Layout
 from ckpt_core.manifest import Manifest
@@ -78,15 +79,9 @@ class _Places:
         ]
         self._first = [sum(agents[:host]) for host in range(len(agents))]
         self._reads: list[dict[int, int]] = []
-        sizes = routed.packed.size_bytes
         for view in views:
-            loads = [0] * agents[view.host]
-            reads: dict[int, int] = {}
-            for bucket in view.sends.tolist():
-                agent = loads.index(min(loads))
-                reads[bucket] = agent
-                loads[agent] += int(sizes[bucket])
-            self._reads.append(reads)
+            owners = assign_owners(routed.packed.size_bytes[view.sends].tolist(), agents[view.host])
+            self._reads.append(dict(zip(view.sends.tolist(), owners, strict=True)))
 
     def ranks_of(self, host: int) -> list[int]:
         """Ranks of a host, in order."""

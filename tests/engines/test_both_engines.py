@@ -16,7 +16,7 @@ import pytest
 from cases import Case, Fresh, make_checkpoints
 from deployments import Deployment, answers_of, start_server
 
-from ckpt_core import Outcome, UpdateAborted
+from ckpt_core import Outcome, Undo, UpdateAborted
 from ckpt_core.contract import EndpointState
 from ckpt_core.errors import PeerLost
 
@@ -85,7 +85,7 @@ def test_one_command_moves_both(pair, tmp_path):
 
 def test_both_follow_or_neither_is_resumed(pair, updater_of, stall, kill):
     """The agent of the second engine is killed when the first engine has loaded: neither serves, whoever resumes it."""
-    updater = updater_of(*pair, on_progress=stall.on_progress)
+    updater = updater_of(*pair, undo=Undo.NONE, on_progress=stall.on_progress)
     stall.at_middle = lambda: kill(updater.agent_pids[-1])
     with pytest.raises(UpdateAborted) as caught:
         updater.update(pair[0].checkpoints.b, version="B")
@@ -101,7 +101,7 @@ def test_both_follow_or_neither_is_resumed(pair, updater_of, stall, kill):
 def test_one_that_dies_keeps_the_other_from_serving_the_new_weights(pair, updater_of, stall):
     """The last test: it ends the SGLang server in the middle."""
     survivor, doomed = pair
-    updater = updater_of(*pair, on_progress=stall.on_progress)
+    updater = updater_of(*pair, undo=Undo.NONE, on_progress=stall.on_progress)
     stall.at_middle = lambda: os.killpg(doomed.server.pid, signal.SIGKILL)
     with pytest.raises(UpdateAborted) as caught:
         updater.update(survivor.checkpoints.b, version="B")

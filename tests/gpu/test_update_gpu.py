@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -22,11 +24,20 @@ MODEL, LAYERS = "qwen3-30b-a3b", 1
 SLOW = UpdateConfig(ring_bytes=8 * MIB, bucket_bytes=1 * MIB, fingerprint=False, silence_timeout_s=5)
 
 
-def engine(*, cut: bool = True, one_visible: bool = True):
+def engine(*, cut: bool = True, one_visible: bool = True, record: bool = False):
     from mock_engine import MockEngine, gpu_uuid
     from mock_worker import MockOptions
 
-    options = MockOptions(model=MODEL, layers=LAYERS, world=2, device="cuda", cut=cut, one_visible=one_visible)
+    options = MockOptions(
+        model=MODEL,
+        layers=LAYERS,
+        world=2,
+        device="cuda",
+        cut=cut,
+        one_visible=one_visible,
+        record=record,
+        instance=uuid4().hex,
+    )
     return MockEngine(options, [gpu_uuid(index) for index in range(2)])
 
 
@@ -54,9 +65,24 @@ def test_bits_are_those_of_the_checkpoint(checkpoints: dict[int, Path], *, cut: 
             assert ranks.call("wrong", seed) == [0, 0]
 
 
-def test_auto_verification_says_that_there_is_none_on_gpus(ranks, checkpoints: dict[int, Path]) -> None:
+def test_what_arrives_is_compared_on_gpus(ranks, checkpoints: dict[int, Path]) -> None:
     with updater(ranks) as moving:
-        assert moving.update(checkpoints[1]).verified == "none"
+        for _ in range(2):
+            report = moving.update(checkpoints[1])
+            assert report.verified == "arrival"  # this engine is not recorded
+            assert all(0 < rank.stats.digested_bytes <= rank.stats.received_bytes for rank in report.ranks)
+
+
+def test_what_lives_is_compared_where_it_was_replayed(checkpoints: dict[int, Path]) -> None:
+    with engine(record=True) as ranks, updater(ranks, UpdateConfig()) as moving:
+        levels, prints = [], []
+        for seed in (1, 2, 1):
+            report = moving.update(checkpoints[seed])
+            levels.append(report.verified)
+            prints.append([rank.fingerprint for rank in report.ranks])
+            assert ranks.call("wrong", seed) == [0, 0]
+        assert levels == ["arrival", "live", "live"]
+        assert prints[0] == prints[2] != prints[1]
 
 
 def test_killed_agent_leaves_ranks_alive_and_the_next_update_works(ranks, checkpoints: dict[int, Path]) -> None:
@@ -77,6 +103,49 @@ def test_killed_agent_leaves_ranks_alive_and_the_next_update_works(ranks, checkp
         ranks.call("synchronize")  # the survivors' streams drain
         moving.update(checkpoints[2])
         assert ranks.call("wrong", 2) == [0, 0]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_an_update_that_loses_an_agent_is_undone(ranks, checkpoints: dict[int, Path], how: signal.Signals) -> None:
+    struck: list[int] = []
+
+    def strike(stage: Stage, done: int, total: int) -> None:
+        if stage is Stage.TRANSFER and done and armed and not struck:
+            struck.append(moving.agent_pids[1])
+            os.kill(struck[0], how)
+
+    armed = False
+    with updater(ranks, replace(SLOW, transfer_timeout_s=4, commit_timeout_s=5, fingerprint=True), strike) as moving:
+        moving.update(checkpoints[1])
+        armed = True
+        with pytest.raises(UpdateAborted) as caught:
+            moving.update(checkpoints[2])
+        assert struck
+        assert caught.value.outcome is Outcome.RESTORED
+        assert ranks.call("wrong", 1) == [0, 0]
+        moving.update(checkpoints[2])
+        assert ranks.call("wrong", 2) == [0, 0]
+
+
+def test_a_rank_stopped_past_the_deadline_gives_up_and_is_mended(checkpoints: dict[int, Path]) -> None:
+    config = replace(SLOW, transfer_timeout_s=4, commit_timeout_s=5, attach_timeout_s=5)
+    with engine() as ranks:
+        struck: list[int] = []
+
+        def strike(stage: Stage, done: int, total: int) -> None:
+            if stage is Stage.TRANSFER and done and not struck:
+                struck.append(ranks.pids[1])
+                os.kill(struck[0], signal.SIGSTOP)
+
+        with updater(ranks, config, strike) as moving:
+            with pytest.raises(UpdateAborted) as caught:
+                moving.update(checkpoints[1])
+            assert caught.value.outcome is Outcome.POISONED
+            os.kill(struck[0], signal.SIGCONT)
+        ranks.call("synchronize")
+        with updater(ranks) as moving:
+            moving.update(checkpoints[2])
+            assert ranks.call("wrong", 2) == [0, 0]
 
 
 def test_killed_rank_leaves_the_other_alive(checkpoints: dict[int, Path]) -> None:

@@ -188,100 +188,132 @@ class Host:
 
     def update(self, shape_seed, content_seed):
         """One update; what each rank got, and the errors."""
-        job, errors, results, stop = self.job, {}, {}, threading.Event()
-        directory = Path(job.directory) / f"{job.host}-{shape_seed}-{content_seed}"
-        directory.mkdir()
-        tensors = checkpoint(shape_seed, content_seed)
-        index = stage_tensors(tensors, directory)
-        manifest = Manifest.from_index(index)
-        plan = plan_of(job, shape_seed, manifest, tensors)
-        schedules = [schedule_of(job, plan, lane, shape_seed) for lane in range(job.lanes)]
-
-        def check():
-            if stop.is_set():
-                raise TransportError("aborted")
-
-        def agent(lane):
-            if self.device.name != "cpu":
-                torch.cuda.set_device(job.host)
-                torch.cuda.synchronize()  # makes the context current in this thread
-            is_source = functools.partial(schedules[lane].is_from, job.host)
-            send(Outgoing(plan, lane, pool, manifest, is_source=is_source), writer=writers[lane], poller=poller(check))
-
-        def rank(receiver):
-            offers = [writer.offer() for writer in writers]
-            if self.device.name == "cpu":
-                results[receiver] = run_rank(plan, tensors, manifest, receiver, offers, check=check)
-                return
-            seeds = [(shape_seed, content_seed)]
-            manifest.save(directory / "manifest.json")
-            mine = msgspec.structs.replace(job, receiver=receiver, offers=offers, seeds=seeds, directory=str(directory))
-            command = [sys.executable, __file__, "rank", msgspec.json.encode(mine).decode()]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-                while process.poll() is None:
-                    if stop.wait(0.02):
-                        process.kill()
-                out, failure = process.communicate()
-            check()
-            if process.returncode:
-                raise TransportError(failure)
-            results[receiver] = tuple(json.loads(out))
-
-        def run(name, call, number):
-            try:
-                call(number)
-            except Exception as error:  # noqa: BLE001 the test sees it
-                errors[name] = error
-                stop.set()
-
-        pool = HostPool(self.device)
-        writers = []
+        part = Part(self, shape_seed, content_seed)
         try:
-            pool.adopt(index)
-            for lane, group in enumerate(self.groups):
-                writer = CollectiveRingWriter(
-                    owner=lane,
-                    receivers=plan.receivers,
-                    ring_bytes=plan.ring_bytes,
-                    device=self.device,
-                    directory=directory,
-                    group=group,
-                    schedule=schedules[lane],
-                    timeout_s=job.timeout_s,
-                )
-                writers.append(writer)
-                if job.hang == "first fill" and lane == 0:
-                    hang_at(1, writer, "fill")
-                if job.hang == "fill" and lane == 0:
-                    hang_at(3, writer, "fill")
-                if job.hang == "broadcast" and lane == 0:
-                    hang_at(3, group, "broadcast")
-            calls = [(f"agent {lane}", agent, lane) for lane in range(job.lanes)]
-            calls += [(f"rank {number}", rank, number) for number in range(job.ranks)]
-            threads = [threading.Thread(target=run, args=call, daemon=True) for call in calls]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            part.open()
+            part.run()
         finally:
-            for writer in writers:
-                writer.close()
-                writer.close()
-            pool.close()
-        left = sorted(path.name for path in directory.iterdir() if not path.name.startswith(("ckpt-pool", "manifest")))
-        return {
-            "ranks": [results.get(number) for number in range(job.ranks)],
-            "errors": {name: [type(error).__name__, str(error)] for name, error in errors.items()},
-            "broken": [group.broken for group in self.groups],
-            "batches": [len(schedule.batches) for schedule in schedules],
-            "steps": len(plan.steps),
-            "left": left,
-        }
+            part.close()
+        return part.outcome()
 
     def close(self):
         for group in self.groups:
             group.close()
             group.close()
+
+
+class Part:
+    """One host's part in one update: its agents and ranks, each a thread."""
+
+    def __init__(self, host, shape_seed, content_seed):
+        self.job, self.device, self.groups = host.job, host.device, host.groups
+        self.seeds = (shape_seed, content_seed)
+        self.errors, self.results, self.stop = {}, {}, threading.Event()
+        self.directory = Path(self.job.directory) / f"{self.job.host}-{shape_seed}-{content_seed}"
+        self.directory.mkdir()
+        self.tensors = checkpoint(shape_seed, content_seed)
+        self.index = stage_tensors(self.tensors, self.directory)
+        self.manifest = Manifest.from_index(self.index)
+        self.plan = plan_of(self.job, shape_seed, self.manifest, self.tensors)
+        self.schedules = [schedule_of(self.job, self.plan, lane, shape_seed) for lane in range(self.job.lanes)]
+        self.pool = HostPool(self.device)
+        self.writers = []
+
+    def open(self):
+        self.pool.adopt(self.index)
+        for lane, group in enumerate(self.groups):
+            writer = CollectiveRingWriter(
+                owner=lane,
+                receivers=self.plan.receivers,
+                ring_bytes=self.plan.ring_bytes,
+                device=self.device,
+                directory=self.directory,
+                group=group,
+                schedule=self.schedules[lane],
+                timeout_s=self.job.timeout_s,
+            )
+            self.writers.append(writer)
+            if lane == 0:
+                self.hang_where_asked(writer, group)
+
+    def hang_where_asked(self, writer, group):
+        if self.job.hang == "first fill":
+            hang_at(1, writer, "fill")
+        if self.job.hang == "fill":
+            hang_at(3, writer, "fill")
+        if self.job.hang == "broadcast":
+            hang_at(3, group, "broadcast")
+
+    def run(self):
+        calls = [(f"agent {lane}", self.agent, lane) for lane in range(self.job.lanes)]
+        calls += [(f"rank {number}", self.rank, number) for number in range(self.job.ranks)]
+        threads = [threading.Thread(target=self.attempt, args=call, daemon=True) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def attempt(self, name, call, number):
+        try:
+            call(number)
+        except Exception as error:  # noqa: BLE001 the test sees it
+            self.errors[name] = error
+            self.stop.set()
+
+    def check(self):
+        if self.stop.is_set():
+            raise TransportError("aborted")
+
+    def agent(self, lane):
+        if self.device.name != "cpu":
+            torch.cuda.set_device(self.job.host)
+            torch.cuda.synchronize()  # makes the context current in this thread
+        is_source = functools.partial(self.schedules[lane].is_from, self.job.host)
+        outgoing = Outgoing(self.plan, lane, self.pool, self.manifest, is_source=is_source)
+        send(outgoing, writer=self.writers[lane], poller=poller(self.check))
+
+    def rank(self, receiver):
+        offers = [writer.offer() for writer in self.writers]
+        if self.device.name == "cpu":
+            got = run_rank(self.plan, self.tensors, self.manifest, receiver, offers, check=self.check)
+        else:
+            got = self.rank_process(receiver, offers)
+        self.results[receiver] = got
+
+    def rank_process(self, receiver, offers):
+        """What a rank in a process of its own got."""
+        self.manifest.save(self.directory / "manifest.json")
+        mine = msgspec.structs.replace(
+            self.job, receiver=receiver, offers=offers, seeds=[self.seeds], directory=str(self.directory)
+        )
+        command = [sys.executable, __file__, "rank", msgspec.json.encode(mine).decode()]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None:
+                if self.stop.wait(0.02):
+                    process.kill()
+            out, failure = process.communicate()
+        self.check()
+        if process.returncode:
+            raise TransportError(failure)
+        return tuple(json.loads(out))
+
+    def close(self):
+        for writer in self.writers:
+            writer.close()
+            writer.close()
+        self.pool.close()
+
+    def outcome(self):
+        """What each rank got, the errors, and what is left."""
+        pool_files = ("ckpt-pool", "manifest")
+        return {
+            "ranks": [self.results.get(number) for number in range(self.job.ranks)],
+            "errors": {name: [type(error).__name__, str(error)] for name, error in self.errors.items()},
+            "broken": [group.broken for group in self.groups],
+            "batches": [len(schedule.batches) for schedule in self.schedules],
+            "steps": len(self.plan.steps),
+            "left": sorted(path.name for path in self.directory.iterdir() if not path.name.startswith(pool_files)),
+        }
 
 
 class Fleet:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ckpt_conformance.models.tiny import make_tiny, perturb
 from ckpt_conformance.reference.launch import ReferenceServer
-from ckpt_core import Target, UpdateConfig, Updater
+from ckpt_core import Target, Undo, UpdateConfig, Updater
 from ckpt_core.agents import AgentGroup
 from ckpt_core.metrics import Stage
 from ckpt_core.wire import Send
@@ -56,7 +56,8 @@ def agents_alive():
 
 def remains(roots):
     memory, sockets = roots
-    left = [*memory.iterdir(), *(path for path in sockets.iterdir() if not path.name.startswith("ckpt-locks-"))]
+    mine = (path for path in memory.iterdir() if not path.name.startswith("ckpt-versions-"))
+    left = [*mine, *(path for path in sockets.iterdir() if not path.name.startswith("ckpt-locks-"))]
     return [path.name for path in left] + agents_alive()
 
 
@@ -127,6 +128,7 @@ def updater_of():
                 "transfer_timeout_s": 60.0,
                 "commit_timeout_s": 10.0,
                 "pause_timeout_s": 20.0,
+                "undo": Undo.NONE,  # what a failure leaves is looked at; test_going_back.py asks for more
             } | options
             targets = [_target(engine, number) for number, engine in enumerate(engines)]
             return stack.enter_context(Updater(targets, config=UpdateConfig(**config), on_progress=on_progress))

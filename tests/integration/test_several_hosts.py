@@ -17,7 +17,7 @@ from ckpt_conformance import namespaces
 from ckpt_conformance.cluster import EngineCluster
 from ckpt_conformance.models.tiny import make_tiny, perturb
 from ckpt_conformance.reference.launch import ReferenceServer
-from ckpt_core import Outcome, Target, UpdateAborted, UpdateConfig, Updater
+from ckpt_core import Outcome, Target, Undo, UpdateAborted, UpdateConfig, Updater
 from ckpt_core.config import Reading, VerifyLevel
 from ckpt_core.metrics import Stage
 
@@ -75,7 +75,7 @@ def left(roots):
         if mine and "ckpt_core.agent" in (process.info["cmdline"] or []):
             agents.append(process.pid)
     return [
-        *memory.iterdir(),
+        *(path for path in memory.iterdir() if not path.name.startswith("ckpt-versions-")),
         *(path for path in sockets.iterdir() if not path.name.startswith("ckpt-locks-")),
         *agents,
     ]
@@ -90,7 +90,7 @@ def updater_of():
     with ExitStack() as stack:
 
         def updater_of(cluster, *, reading=Reading.STRIPED, on_progress=None, **options):
-            config = UpdateConfig(**{"ring_bytes": 1 << 20, "transfer_timeout_s": 60.0} | options)
+            config = UpdateConfig(**{"ring_bytes": 1 << 20, "transfer_timeout_s": 60.0, "undo": Undo.NONE} | options)
             targets = [Target(engine="reference", url=server.url) for server in cluster.servers]
             members = cluster.membership(reading)
             return stack.enter_context(Updater(targets, config=config, cluster=members, on_progress=on_progress))
@@ -131,11 +131,12 @@ def test_where_all_hosts_read_nothing_goes_between_them(cluster, updater_of, mod
     expect_second(cluster, fresh)
 
 
-def test_whole_tensors_can_be_digested_where_they_arrive(cluster, updater_of, models, fresh):
-    updater = updater_of(cluster, verify=VerifyLevel.ARRIVAL)
-    report = updater.update(models[1])
-    assert report.verified == "arrival"
-    assert all(rank.stats.digested_bytes == report.size_bytes for rank in report.ranks)
+@pytest.mark.parametrize("level", [VerifyLevel.ARRIVAL, VerifyLevel.LIVE], ids=lambda level: level.value)
+def test_what_arrives_or_lives_is_compared_on_every_host(cluster, updater_of, models, fresh, level):
+    report = updater_of(cluster, verify=level).update(models[1])
+    assert report.verified in ("arrival", level.value)
+    compared = [rank.stats.digested_bytes + rank.stats.live_bytes for rank in report.ranks]
+    assert all(0 < size <= rank.stats.received_bytes for size, rank in zip(compared, report.ranks, strict=True))
     expect_second(cluster, fresh)
 
 

@@ -198,18 +198,6 @@ def test_what_fills_a_ring_or_leaves_comes_from_the_pool_of_its_host_or_came_in(
         assert all((departure.seq == FROM_POOL) == (departure.bucket is not None) for departure in relay.departures)
 
 
-@SLOW
-@given(problems(), st.integers(256, 4096))
-def test_where_digests_are_wanted_every_tensor_comes_in_one_piece(problem, ring_bytes):
-    sizes = {"ring_bytes": ring_bytes, "bucket_bytes": 1024}
-    plan = several_hosts(problem.manifest, problem.layouts, problem.host_of, problem.hosts, **sizes, uncut=True)
-    for host, its_plan in enumerate(plan.plans):
-        ranks = problem.ranks_of(host)
-        wanted = {number: Wanted(problem.manifest, problem.layouts[rank]) for number, rank in enumerate(ranks)}
-        check_plan(its_plan, problem.manifest, wanted)
-        assert all(piece.box is None for step in its_plan.steps for piece in step.bucket.pieces)
-
-
 def content(bucket):
     return bucket.size_bytes, bucket.pieces
 
@@ -325,7 +313,7 @@ class Play:
 
     def read(self, rank):
         steps, host = self.problem.plan.plan_of(rank).steps, self.problem.host_of[rank]
-        receiver, before = self.problem.plan.receiver_of[rank], self.at[rank]
+        receiver, before = self.problem.host_of[:rank].count(host), self.at[rank]
         while self.at[rank] < len(steps):
             step = steps[self.at[rank]]
             if receiver in step.receivers and self.filled[self.first_agent[host] + step.owner] < step.seq:

@@ -142,7 +142,8 @@ class Update:
             slots.close()
 
     def _rank(self, rank):
-        host, receiver = self.host_of[rank], self.plan.receiver_of[rank]
+        host = self.host_of[rank]
+        receiver = self.host_of[:rank].count(host)
         plan = self.plan.plans[host]
         readers = [
             IpcRingReader(self.writers[number].offer(), receiver=receiver, receivers=plan.receivers, device_index=0)

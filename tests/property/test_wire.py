@@ -22,6 +22,8 @@ FRAMES = tuple(
     for body in (
         wire.TakePlan(plan=PLAN),
         wire.AskLayout(manifest=MANIFEST),
+        wire.AskHeld(manifest=MANIFEST),
+        wire.HeldSlices(parts=(wire.PartOf(tensor=0, box=None),)),
         wire.LayoutReply(layout=whole_layout(MANIFEST)),
         wire.Failure(error="PlanError", message="no", phase="plan"),
         wire.Ping(),

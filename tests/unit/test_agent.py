@@ -12,8 +12,7 @@ import psutil
 import pytest
 import torch
 
-from ckpt_core import agents as agents_module
-from ckpt_core import process, wire
+from ckpt_core import agent_process, process, wire
 from ckpt_core.agent import AgentConfig
 from ckpt_core.agents import AgentGroup
 from ckpt_core.channel import Hub
@@ -161,7 +160,7 @@ def test_a_killed_agent_is_noticed_and_another_group_takes_over(group_of, index)
 
 
 def test_a_stopped_agent_is_killed_in_the_end(group_of, monkeypatch):
-    monkeypatch.setattr(agents_module, "_STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(agent_process, "_STOP_TIMEOUT_S", 0.2)
     group = group_of()
     os.kill(group.pids[0], signal.SIGSTOP)
     group.stop()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ckpt_core.apply import Applier
+from ckpt_core.config import VerifyLevel
 from ckpt_core.contract import LoadReport, Update
 from ckpt_core.cpu import CpuDevice
 from ckpt_core.errors import CoverageError, VerificationError
@@ -13,9 +14,12 @@ from ckpt_core.incoming import Incoming
 from ckpt_core.layout import Box, Layout, LayoutEntry, whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import make_plan
+from ckpt_core.plan_parts import PlanParts
+from ckpt_core.pool_digests import PoolDigests
 from ckpt_core.source import stage_tensors
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.local import Faults, LocalRing, LocalRingReader, LocalRingWriter
+from ckpt_core.verify import Verifier
 from ckpt_core.wanted import Wanted
 
 TENSORS = {
@@ -58,8 +62,13 @@ def apply(tmp_path):
             manifest, [layout or whole_layout(manifest)], agents=1, ring_bytes=1 << 16, bucket_bytes=bucket_bytes
         )
         incoming = Incoming(plan, Wanted(manifest, layout or whole_layout(manifest)))
-        digests = [tensor.digest for tensor in manifest.tensors] if digest else None
-        applier = Applier(plugin, "worker", UPDATE, incoming, digests)
+        parts = PlanParts(manifest)
+        parts.add(plan, 0, layout or whole_layout(manifest))
+        found = PoolDigests(pool, share=1, told=lambda _done: None).of_parts(manifest, parts.parts)
+        expected = parts.of_rank(0, parts.gathered([(parts.parts, found)]))
+        verifier = Verifier(VerifyLevel.ARRIVAL if digest else VerifyLevel.NONE, expected)
+        applier = Applier(plugin, "worker", UPDATE, incoming, verifier)
+        applier.verifier = verifier
         ring = LocalRing(owner=0, receivers=1, ring_bytes=plan.ring_bytes)
         writer, reader = LocalRingWriter(ring, faults), LocalRingReader(ring, receiver=0)
         incoming.map([reader], plan.ring_bytes)
@@ -83,8 +92,8 @@ def test_tensors_come_with_their_bits_dtype_and_shape(apply, bucket_bytes):
         assert (tensor.dtype, tensor.shape) == (TENSORS[name].dtype, TENSORS[name].shape)
         assert torch.equal(tensor.view(-1).view(torch.uint8), TENSORS[name].view(-1).view(torch.uint8))
     assert plugin.buckets == list(range(len(plugin.buckets)))
-    assert applier.digested_bytes == sum(tensor.nbytes for tensor in TENSORS.values())
-    assert applier.received_bytes == applier.digested_bytes
+    assert applier.verifier.arrived_bytes == sum(tensor.nbytes for tensor in TENSORS.values())
+    assert applier.received_bytes == applier.verifier.arrived_bytes
 
 
 def test_parts_say_which_part(apply):
@@ -107,7 +116,7 @@ def test_without_digests_they_do(apply):
     plugin = Plugin()
     applier = apply(plugin, faults=Faults(flip={1: 0}), digest=False)
     assert plugin.got.keys() == TENSORS.keys()
-    assert applier.digested_bytes == 0
+    assert applier.verifier.arrived_bytes == 0
 
 
 def test_the_answer_is_added_up(apply):

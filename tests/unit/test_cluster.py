@@ -3,6 +3,7 @@
 
 import contextlib
 import logging
+import os
 import socket
 import stat
 import time
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 import zmq
 
-from ckpt_core import cluster, wire
+from ckpt_core import channel, cluster, wire
 from ckpt_core.channel import Hub, Line
 from ckpt_core.cluster import AGENT_FILE, CONTROLLER_FILE, ClusterKey
 from ckpt_core.errors import ConfigError, PeerLost
@@ -81,6 +82,40 @@ def test_a_file_that_others_may_read_or_write_is_refused(tmp_path, mode):
     path.chmod(mode)
     with pytest.raises(ConfigError, match=f"others may read it; chmod 600 {path}"):
         cluster.load(path, controller=True)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_directory_in_which_others_could_replace_the_keys_is_refused(tmp_path, mode):
+    directory = tmp_path / "keys"
+    path, _ = cluster.create(directory, "tcp://h:1")
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    directory.chmod(mode)
+    link = tmp_path / "link.json"
+    link.symlink_to(path)
+    for given in (path, link):
+        with pytest.raises(
+            ConfigError, match=rf"{given} in {directory}: .*got mode {mode:04o} .*chmod go-w {directory}"
+        ):
+            cluster.load(given, controller=True)
+    with pytest.raises(ConfigError, match=rf"keys of a cluster in {directory}: .*mode {mode:04o}"):
+        cluster.create(directory, "tcp://h:1")
+    directory.chmod(0o1777)
+    assert cluster.load(link, controller=True).address == "tcp://h:1"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_file_of_somebody_else_is_refused(tmp_path):
+    path, _ = cluster.create(tmp_path, "tcp://h:1")
+    os.chown(path, 12345, -1)
+    with pytest.raises(ConfigError, match=rf"{path} is of uid 12345, expected 0 or root: .*make a copy"):
+        cluster.load(path, controller=True)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "key", 0o600)
+    with pytest.raises(ConfigError, match="not a regular file"):
+        cluster.load(tmp_path / "key", controller=False)
 
 
 def test_the_file_of_agents_may_not_update(tmp_path):
@@ -255,3 +290,37 @@ def test_a_hub_on_one_host_has_no_key(tmp_path):
 def test_a_key_is_plain_data():
     made = ClusterKey(address="tcp://h:1", server_key="k", token="t")
     assert msgspec.json.decode(msgspec.json.encode(made), type=ClusterKey) == made
+
+
+# -- strangers -----------------------------------------------------------------------------------------------------------
+def greeted(key):
+    """A raw connection that has said that it will speak CURVE, and nothing of it yet."""
+    host, _, port = key.address.removeprefix("tcp://").partition(":")
+    made = socket.create_connection((host, int(port)), timeout=WAIT_S)
+    made.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32))
+    assert made.recv(64)
+    return made
+
+
+def closed(connection):
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def test_a_stranger_who_announces_too_much_is_hung_up_on(hub, key):
+    with greeted(key) as stranger:
+        stranger.sendall(b"\x06" + (wire.MAX_REPLY_BYTES + 1).to_bytes(8, "big"))
+        began = time.monotonic()
+        assert closed(stranger)
+        assert time.monotonic() - began < 4.0  # before the handshake is overdue
+
+
+def test_a_stranger_who_never_finishes_the_handshake_is_hung_up_on(key, monkeypatch):
+    monkeypatch.setattr(channel, "_HANDSHAKE_MS", 200)
+    with contextlib.closing(Hub(cluster=key)), greeted(key) as stranger:
+        stranger.sendall(b"\x06" + (1 << 20).to_bytes(8, "big") + b"begun")
+        assert closed(stranger)

@@ -45,11 +45,12 @@ def test_sizes_that_are_not_given_are_chosen(given, used):
 
 
 def test_the_default_proof_is_the_strongest_there_is():
-    assert UpdateConfig().verify_on(DeviceKind.CPU) is VerifyLevel.ARRIVAL
-    assert UpdateConfig(verify=VerifyLevel.NONE).verify_on(DeviceKind.CPU) is VerifyLevel.NONE
-    assert UpdateConfig(digest_content=False).verify_on(DeviceKind.CPU) is VerifyLevel.NONE
-    with pytest.raises(ConfigError, match="needs digest_content"):
-        UpdateConfig(verify=VerifyLevel.ARRIVAL, digest_content=False)
+    assert UpdateConfig().level is VerifyLevel.LIVE
+    assert UpdateConfig(verify=VerifyLevel.NONE).level is VerifyLevel.NONE
+    assert UpdateConfig(digest_content=False).level is VerifyLevel.NONE
+    for level in (VerifyLevel.ARRIVAL, VerifyLevel.LIVE):
+        with pytest.raises(ConfigError, match=f"verify={level.name} .* needs digest_content"):
+            UpdateConfig(verify=level, digest_content=False)
 
 
 def test_a_bucket_fits_into_the_ring():

@@ -1,6 +1,7 @@
 """The engines of one update: who is refused and why, who is paused and resumed, locks, retries of a flush."""
 
 import contextlib
+import re
 import subprocess
 import sys
 import threading
@@ -207,24 +208,46 @@ def test_a_call_that_does_not_come_back_is_told(fleet_of):
     assert fleet.detach(10.0)
 
 
+def checked(fleet):
+    fleet.check()
+    return fleet
+
+
 # -- flush -------------------------------------------------------------------------------------------------------
 def test_a_flush_is_tried_again_until_it_succeeds(fleet_of, monkeypatch):
     monkeypatch.setattr(fleet_module, "_FLUSH_RETRY_S", 0.001)
     plugin = Plugin(flushes=[EngineError("busy"), EngineStateError("busy"), None])
-    fleet_of(plugin).flush(accept_stale=False, timeout_s=10.0)
+    assert checked(fleet_of(plugin)).flush(accept_stale=False, timeout_s=10.0) == {}
     assert plugin.calls == ["flush"] * 3
 
 
 def test_a_flush_that_never_succeeds_ends_by_its_deadline(fleet_of, monkeypatch):
     monkeypatch.setattr(fleet_module, "_FLUSH_RETRY_S", 0.001)
     plugin = Plugin(flushes=[EngineError("busy")] * 10_000)
-    with pytest.raises(EngineError, match=r"has the new weights but still a cache of the old ones.*busy"):
-        fleet_of(plugin).flush(accept_stale=False, timeout_s=0.05)
+    (error,) = checked(fleet_of(plugin)).flush(accept_stale=False, timeout_s=0.05).values()
+    assert re.search(r"has the new weights but still a cache of the old ones.*busy", str(error))
+
+
+def test_an_engine_that_is_gone_is_not_waited_for_and_holds_nobody_up(fleet_of):
+    gone, alive = Plugin(flushes=[EngineUnavailable("nobody answers")] * 10), Plugin()
+    errors = checked(fleet_of(gone, alive)).flush(accept_stale=False, timeout_s=30.0)
+    assert gone.calls == ["flush"]
+    assert [str(error) for error in errors.values()] == ["nobody answers"]
+
+
+def test_another_life_of_an_engine_may_not_serve(fleet_of):
+    plugin = Plugin()
+    fleet = checked(fleet_of(plugin))
+    fleet.members[0].status = replace(fleet.members[0].status, instance_id="before")
+    plugin.status = replace(plugin.status, instance_id="after")
+    (error,) = fleet.flush(accept_stale=True, timeout_s=1.0).values()
+    assert "restarted during the update (instance after, expected before)" in str(error)
+    assert plugin.calls == []
 
 
 def test_a_stale_cache_is_kept_where_accepted(fleet_of):
     plugin = Plugin(flushes=[EngineError("busy")] * 10)
-    fleet_of(plugin).flush(accept_stale=True, timeout_s=10.0)
+    assert checked(fleet_of(plugin)).flush(accept_stale=True, timeout_s=10.0) == {}
     assert plugin.calls == ["flush"]
 
 

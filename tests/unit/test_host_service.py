@@ -127,7 +127,7 @@ def test_leaving_ends_agents_whose_controller_never_came(paths, memory):
 
 
 def test_leaving_ends_agents_that_are_stopped(paths, memory, controller, monkeypatch):
-    monkeypatch.setattr("ckpt_core.host_service._STOP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("ckpt_core.agent_process._STOP_TIMEOUT_S", 0.3)
     key = cluster.load(paths[1], controller=False)
     with HostService(key, reached_at="127.0.0.1", devices=["cpu"], memory_root=memory):
         controller.agents.join(1, WAIT_S)

@@ -1,5 +1,7 @@
 """Manifests: canonical, digested, saved, compared."""
 
+import os
+
 import msgspec
 import numpy as np
 import pytest
@@ -170,3 +172,19 @@ def test_diff():
         changed=("changed", "unknown"),
         unchanged=("same",),
     )
+
+
+@pytest.mark.timeout(20)
+def test_a_manifest_is_a_regular_file_of_some_size(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("fifo", "zero", "nul\0"):
+        with pytest.raises(ManifestError, match="cannot be read"):
+            Manifest.load(tmp_path / name)
+    (tmp_path / "good").write_bytes(Manifest(tensors=()).to_json())
+    assert Manifest.load(tmp_path / "good") == Manifest(tensors=())
+    monkeypatch.setattr("ckpt_core.manifest._MAX_FILE_BYTES", 10)
+    with pytest.raises(ManifestError, match="more than 10 bytes"):
+        Manifest.load(tmp_path / "good")
+    with pytest.raises(ManifestError, match="at most 10 bytes"):
+        Manifest.from_json(bytes(11))

@@ -8,7 +8,7 @@ import pytest
 
 from ckpt_core import wire
 from ckpt_core.agreement import KnownPlan, Ranks, Terms
-from ckpt_core.config import UpdateConfig, VerifyLevel
+from ckpt_core.config import UpdateConfig
 from ckpt_core.contract import AbortOutcome, DeviceKind, RankInfo
 from ckpt_core.dtypes import DType
 from ckpt_core.errors import Outcome
@@ -21,7 +21,7 @@ from ckpt_core.process import current
 from ckpt_core.uncollected import uncollected
 
 URLS = ["one", "two"]
-UNTOUCHED, RELOADABLE, POISONED = (wire.Aborted(outcome=outcome) for outcome in AbortOutcome)
+UNTOUCHED, RELOADABLE, RESTORED, POISONED = (wire.Aborted(outcome=outcome) for outcome in AbortOutcome)
 
 
 def hello(endpoint=0, rank=0, instance="i", known=""):
@@ -41,6 +41,8 @@ HELLOS = {b"a": hello(0, 0), b"b": hello(0, 1), b"c": hello(1, 0)}
         ({}, True, [Outcome.POISONED, Outcome.POISONED]),
         ({b"a": UNTOUCHED, b"b": UNTOUCHED, b"c": UNTOUCHED}, True, [Outcome.CLEAN, Outcome.CLEAN]),
         ({b"a": UNTOUCHED, b"b": RELOADABLE, b"c": UNTOUCHED}, True, [Outcome.POISONED, Outcome.CLEAN]),
+        ({b"a": RESTORED, b"b": UNTOUCHED, b"c": RESTORED}, True, [Outcome.RESTORED, Outcome.RESTORED]),
+        ({b"a": RESTORED, b"b": RELOADABLE, b"c": UNTOUCHED}, True, [Outcome.POISONED, Outcome.CLEAN]),
         ({b"a": wire.Committed(), b"b": wire.Committed(), b"c": POISONED}, True, [Outcome.COMMITTED, Outcome.POISONED]),
         ({b"a": wire.Committed(), b"c": wire.Committed()}, True, [Outcome.POISONED, Outcome.COMMITTED]),
         (
@@ -79,11 +81,10 @@ def test_a_plan_is_known_only_to_the_same_ranks_for_the_same_shapes():
     plan = make_plan(manifest(4), [whole_layout(manifest(4))] * 3, agents=1, ring_bytes=4096, bucket_bytes=4096)
     hellos = {peer: hello(i // 2, i % 2, known=plan.digest) for i, peer in enumerate((b"a", b"b", b"c"))}
     mine = ranks_of(hellos)
-    known = KnownPlan(plan=FleetPlan(plans=(plan,), host_of=(0, 0, 0)), ranks=mine.keys, asked=terms(4).asked)
+    known = KnownPlan(plan=FleetPlan(plans=(plan,), host_of=(0, 0, 0)), ranks=mine.keys, replay=True)
     assert known.fits(terms(4), mine, RINGS)
     assert not known.fits(terms(5), mine, RINGS)
     assert not known.fits(terms(4, replay=False), mine, RINGS)
-    assert not known.fits(terms(4, verify=VerifyLevel.NONE), mine, RINGS)
     small = msgspec.structs.replace(RINGS[0][0], size_bytes=plan.ring_bytes - 1)
     assert not known.fits(terms(4), mine, ((small,),))
     assert not known.fits(terms(4), mine, (*RINGS, (small,)))  # on another host
@@ -99,7 +100,7 @@ def test_each_rank_must_know_the_plan_of_its_own_host():
     one, other = (make_plan(manifest(4), layouts, agents=1, ring_bytes=r, bucket_bytes=256) for r in (256, 512))
     plan = FleetPlan(plans=(one, other), host_of=(1, 0))
     mine = ranks_of({b"a": hello(0, 0, known=other.digest), b"b": hello(0, 1, known=one.digest)}, (1, 0))
-    known = KnownPlan(plan=plan, ranks=mine.keys, asked=terms(4).asked)
+    known = KnownPlan(plan=plan, ranks=mine.keys, replay=True)
     assert known.fits(terms(4), mine, RINGS * 2)
     assert not known.fits(terms(4), Ranks(hellos=mine.hellos, host_of=(0, 1)), RINGS * 2)  # moved
     swapped = ranks_of({b"a": hello(0, 0, known=one.digest), b"b": hello(0, 1, known=other.digest)}, (1, 0))

@@ -1,22 +1,28 @@
 """Agents and ranks in threads over local rings, with delays and faults: right bytes in order, or a typed error in time."""
 
+import re
 import threading
 import time
 
 import pytest
 import torch
 
+from ckpt_core.config import VerifyLevel
 from ckpt_core.cpu import CpuDevice
 from ckpt_core.errors import CkptError, PeerLost, TransferTimeout, TransportError, VerificationError
+from ckpt_core.incoming import Incoming
 from ckpt_core.layout import Box, Layout, LayoutEntry, whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing, receive, send
 from ckpt_core.plan import make_plan
+from ckpt_core.plan_parts import PlanParts
 from ckpt_core.polling import Poller
+from ckpt_core.pool_digests import PoolDigests
 from ckpt_core.source import stage_tensors
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.local import Faults, LocalRing, LocalRingReader, LocalRingWriter
-from ckpt_core.verify import ArrivalDigest
+from ckpt_core.verify import Verifier
+from ckpt_core.wanted import Wanted
 
 LONG_S = 20.0
 SHORT_S = 0.3
@@ -64,8 +70,8 @@ class Transfer:
         self.errors = {}
         self.stats = {}
         self.steps = [[] for _ in range(plan.receivers)]
-        expected = [tensor.digest for tensor in manifest.tensors]
-        self.arrival = [ArrivalDigest(expected) for _ in range(plan.receivers)]
+        expected = digests_of(plan, manifest, pool)
+        self.arrival = [Verifier(VerifyLevel.ARRIVAL, digests) for digests in expected]
         self.before_consume = lambda _receiver, _step: None
 
     def run(self):
@@ -106,14 +112,14 @@ class Transfer:
 
     def _receive(self, receiver):
         readers = [LocalRingReader(ring, receiver=receiver) for ring in self.rings]
+        incoming = Incoming(self.plan, Wanted(self.manifest, whole_layout(self.manifest)))
+        incoming.map(readers, self.plan.ring_bytes)
 
         def consume(step):
-            reader = readers[step.owner]
             self.before_consume(receiver, step)
             self.steps[receiver].append(step.index)
-            for piece in step.bucket.pieces:
-                view = reader.view(step.ring_offset_bytes + piece.offset_bytes, piece.size_bytes)
-                self.arrival[receiver].add(piece.tensor, self.manifest.tensors[piece.tensor], view)
+            bucket = incoming.of(step)
+            self.arrival[receiver].arrived(bucket, bucket.parts)
 
         receive(self.plan, receiver, readers=readers, consume=consume, poller=self._poller())
 
@@ -125,6 +131,16 @@ class Transfer:
             max((step.seq for step in self.plan.steps if step.owner == owner), default=0)
             for owner in range(self.plan.agents)
         ]
+
+
+def digests_of(plan, manifest, pool):
+    """By receiver; each takes whole buckets."""
+    parts = PlanParts(manifest)
+    for receiver in range(plan.receivers):
+        parts.add(plan, receiver, whole_layout(manifest))
+    digests = PoolDigests(pool, share=1, told=lambda _done: None).of_parts(manifest, parts.parts)
+    found = parts.gathered([(parts.parts, digests)])
+    return [parts.of_rank(receiver, found) for receiver in range(plan.receivers)]
 
 
 def plan_of(manifest, *, agents=1, receivers=1, ring_bytes=4096, bucket_bytes=1024, layouts=None):
@@ -139,7 +155,7 @@ def test_every_byte_arrives_in_order(checkpoint, agents, receivers):
     plan = plan_of(manifest, agents=agents, receivers=receivers)
     transfer = Transfer(plan, manifest, pool).run()
     transfer.assert_complete()
-    assert [arrival.digested_bytes for arrival in transfer.arrival] == [manifest.size_bytes] * receivers
+    assert [arrival.arrived_bytes for arrival in transfer.arrival] == [manifest.size_bytes] * receivers
     assert sum(stats.sent_bytes for stats in transfer.stats.values()) == plan.size_bytes
 
 
@@ -153,7 +169,7 @@ def test_tight_rings_work(checkpoint, ring_bytes, bucket_bytes):
     plan = plan_of(manifest, agents=2, receivers=2, ring_bytes=ring_bytes, bucket_bytes=bucket_bytes)
     transfer = Transfer(plan, manifest, pool).run()
     transfer.assert_complete()
-    assert [arrival.digested_bytes for arrival in transfer.arrival] == [manifest.size_bytes] * 2
+    assert [arrival.arrived_bytes for arrival in transfer.arrival] == [manifest.size_bytes] * 2
 
 
 def test_ranks_that_need_different_things_get_theirs(checkpoint):
@@ -168,7 +184,7 @@ def test_ranks_that_need_different_things_get_theirs(checkpoint):
     transfer = Transfer(plan, manifest, pool).run()
     transfer.assert_complete()
     assert transfer.steps[2] == []
-    assert transfer.arrival[0].digested_bytes == 5000
+    assert transfer.arrival[0].arrived_bytes == 5000
 
 
 def test_a_plan_of_nothing_ends_at_once(checkpoint):
@@ -254,7 +270,9 @@ def test_wrong_bytes_are_caught_by_their_digest(checkpoint, fault, ring_bytes):
     transfer = Transfer(plan, manifest, pool, faults={0: fault}).run()
     error = transfer.errors["rank 0"]
     assert isinstance(error, VerificationError)
-    assert "tensor 't2' arrived with digest" in str(error)
+    assert re.match(
+        r"tensor 't2' \(part 0 of bucket 2, 1000 bytes\): arrived with digest [0-9a-f]{16}, expected", str(error)
+    )
     assert transfer.steps == [[0, 1, 2]]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from ckpt_core import process
 from ckpt_core.errors import TransportError
-from ckpt_core.process import DeathWatch, check_can_share
+from ckpt_core.process import DeathWatch, ProcessMark, check_can_share
 
 
 @pytest.fixture
@@ -133,3 +133,29 @@ def test_close_gives_descriptors_back():
         watch.add(process.current(), str(number))
     watch.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- marks -----------------------------------------------------------------------------------------------------------
+def test_a_mark_tells_the_living_from_the_gone(child):
+    mine = ProcessMark.here()
+    assert not mine.is_gone()
+    assert msgspec.structs.replace(mine, start_ticks=mine.start_ticks - 1).is_gone()
+    assert msgspec.structs.replace(mine, boot_id="another boot").is_gone()
+    assert msgspec.json.decode(msgspec.json.encode(mine), type=ProcessMark) == mine
+
+
+def test_a_process_that_ended_is_gone_before_anybody_reaps_it(child):
+    with open(f"/proc/{child.pid}/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    mark = msgspec.structs.replace(ProcessMark.here(), pid=child.pid, start_ticks=ticks)
+    assert not mark.is_gone()
+    child.kill()
+    await_end(child)
+    assert mark.is_gone()
+    child.wait()
+    assert mark.is_gone()
+
+
+def test_what_another_namespace_shows_proves_nothing():
+    mark = msgspec.structs.replace(ProcessMark.here(), pid=2**22 + 1, pid_namespace="pid:[1]")
+    assert not mark.is_gone()

@@ -129,7 +129,7 @@ def checkpoint(seed):
 def update(engine, recorded, weights):
     """As a rank does it; names that were replayed, whether something was learned, and the layout."""
     recorded.still_holds()
-    layout = recorded.layout(MANIFEST, whole_layout(MANIFEST), replay=True, slices=True)
+    layout = recorded.layout(MANIFEST, whole_layout(MANIFEST), replay=True)
     recorded.begin()
     replayed = recorded.roots
     for number, entry in enumerate(layout.entries):
@@ -227,7 +227,7 @@ def test_a_replay_that_never_lasts_is_given_up(recorded_of):
 def test_refused_begins_are_no_tries(recorded_of):
     engine = Engine()
     recorded = recorded_of(engine)
-    recorded.layout(MANIFEST, whole_layout(MANIFEST), replay=True, slices=True)
+    recorded.layout(MANIFEST, whole_layout(MANIFEST), replay=True)
     for _ in range(5):
         recorded.begin()
     assert update(engine, recorded, checkpoint(1))[1]
@@ -287,7 +287,7 @@ def test_an_engine_that_cannot_be_recorded_loads_as_ever(recorded_of, hook, capl
 
     setattr(engine, hook, fail)
     recorded = recorded_of(engine)
-    layout = recorded.layout(MANIFEST, whole_layout(MANIFEST), replay=True, slices=True)
+    layout = recorded.layout(MANIFEST, whole_layout(MANIFEST), replay=True)
     assert layout == whole_layout(MANIFEST)
     assert not recorded.roots
     if hook == "target":

@@ -81,6 +81,83 @@ def test_links_into_a_blob_store_are_followed(tmp_path):
     assert index.files[0].path == str(blob.resolve())
 
 
+def linked(tmp_path, mode, uid=None):
+    """A snapshot whose one file is a link to a blob of that mode and owner."""
+    blob = save(tmp_path / "blob", "a")
+    blob.chmod(mode)
+    if uid is not None:
+        os.chown(blob, uid, -1)
+    (tmp_path / "snapshot").mkdir()
+    link = tmp_path / "snapshot" / "model.safetensors"
+    link.symlink_to("../blob")
+    return link
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o600, 0o664])
+def test_a_link_to_a_file_that_only_its_owner_and_his_group_write(tmp_path, mode):
+    assert names(open_checkpoint(linked(tmp_path, mode).parent)) == ["a"]
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o646])
+def test_a_link_to_a_file_that_everybody_writes_is_refused(tmp_path, mode):
+    link = linked(tmp_path, mode)
+    for location in (link, link.parent, [link]):
+        with pytest.raises(
+            ManifestError, match=rf"a link to .*blob', which others may write to \(mode {mode:04o}.*chmod go-w"
+        ):
+            open_checkpoint(location)
+    (tmp_path / "blob").chmod(0o644)
+    index = tmp_path / "index"
+    write_index(tmp_path, {"a": "model.safetensors"}).rename(index)
+    (link.parent / "model.safetensors.index.json").symlink_to(index)
+    assert names(open_checkpoint(link.parent)) == ["a"]
+    index.chmod(mode)
+    with pytest.raises(ManifestError, match=r"a link to .*index', which others may write to"):
+        open_checkpoint(link.parent)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_link_to_a_file_of_another_user(tmp_path):
+    link = linked(tmp_path, 0o644, uid=12345)
+    assert names(open_checkpoint(link)) == ["a"]
+    (tmp_path / "blob").chmod(0o664)
+    with pytest.raises(ManifestError, match=r"others may write to \(mode 0664, uid 12345"):
+        open_checkpoint(link)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("target", ["fifo", "/dev/zero"])
+def test_pipes_and_devices_are_refused_at_once(tmp_path, name, target):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / name).symlink_to(target if target.startswith("/") else tmp_path / target)
+    with pytest.raises(ManifestError, match="regular file"):
+        open_checkpoint(tmp_path / "d")
+
+
+def test_an_index_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    save(tmp_path / "1.safetensors", "a")
+    write_index(tmp_path, {"a": "1.safetensors"})
+    monkeypatch.setattr(source, "_MAX_INDEX_BYTES", 10)
+    with pytest.raises(ManifestError, match="more than 10 bytes"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("swap", ["another file", "a link", "a pipe"])
+@pytest.mark.timeout(20)
+def test_a_file_swapped_between_look_and_open_is_not_read(tmp_path, monkeypatch, swap):
+    path, other = save(tmp_path / "1.safetensors", "a"), save(tmp_path / "2.safetensors", "b")
+    file = SourceFile.of(path)
+    if swap == "another file":
+        other.replace(path)
+    else:
+        path.unlink()
+        path.symlink_to(other) if swap == "a link" else os.mkfifo(path)
+    with pytest.raises(ManifestError, match=r"changed since it was opened|cannot open .*symbolic links"):
+        file.open()
+
+
 def test_of_several_indexes_the_models_own_is_taken_else_one_must_be_named(tmp_path):
     save(tmp_path / "a.safetensors", "a")
     save(tmp_path / "b.safetensors", "b")
@@ -165,8 +242,8 @@ def test_a_changed_file_is_noticed(tmp_path):
 def test_a_file_that_changes_while_it_is_opened_is_noticed(tmp_path, monkeypatch):
     path = save(tmp_path / "1.safetensors", "a")
 
-    def read_and_write(path):
-        header = read_header(path)
+    def read_and_write(path, file):
+        header = read_header(path, file)
         os.utime(path, ns=(0, 0))
         return header
 

@@ -1,11 +1,15 @@
 """The bytes of a bucket in the host pool: neighbours as one part, parts that are not contiguous as views, nothing copied."""
 
 import contextlib
+import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ckpt_core.bucket import Bucket, Piece
 from ckpt_core.cpu import CpuDevice
@@ -193,3 +197,19 @@ def test_parts_in_device_memory_are_addresses_and_travel_to_no_other_host():
         assert pool.parts(manifest, bucket_of(CONTIGUOUS[0])) == [(0, DevicePart(address=4096 + 64 + 32, size=48))]
         with pytest.raises(ConfigError, match="tensor 'a': parts of tensors on a GPU cannot go to other hosts"):
             pool.parts(manifest, bucket_of(STRIDED[0]))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_part_is_packed_row_by_row(data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
+    start = tuple(data.draw(st.integers(0, extent - 1)) for extent in shape)
+    size = tuple(data.draw(st.integers(0, extent - first)) for extent, first in zip(shape, start, strict=True))
+    tensor = torch.arange(math.prod(shape), dtype=torch.int16).reshape(shape)
+    with tempfile.TemporaryDirectory() as directory:
+        pool = HostPool(CpuDevice())
+        pool.adopt(stage_tensors({"before": torch.ones(3), "t": tensor}, Path(directory)))
+        box = Box(start=start, shape=size)
+        assert pool.packed("t", box).tobytes() == tensor[box.slices].contiguous().numpy().tobytes()
+        assert pool.packed("t", None).tobytes() == tensor.numpy().tobytes()
+        pool.close()

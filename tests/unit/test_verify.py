@@ -1,77 +1,10 @@
-"""Digests on arrival, whole or in parts; fingerprints that differ on any change of what is live."""
+"""Fingerprints that differ on any change of what is live."""
 
 import pytest
 import torch
 
 from ckpt_core.contract import LiveState, LiveTensor
-from ckpt_core.dtypes import DType
-from ckpt_core.errors import VerificationError
-from ckpt_core.manifest import TensorMeta, content_digest
-from ckpt_core.verify import ArrivalDigest, fingerprint
-
-
-def meta(data, name="t"):
-    return TensorMeta(name=name, dtype=DType.U8, shape=(len(data),))
-
-
-def expecting(*data):
-    return ArrivalDigest([content_digest(bytes(each)) for each in data])
-
-
-def part(data):
-    return torch.tensor(list(data), dtype=torch.uint8)
-
-
-DATA = bytes(range(200))
-
-
-@pytest.mark.parametrize("cuts", [(), (1,), (199,), (50, 50, 100), tuple(range(1, 200))])
-def test_a_tensor_may_come_in_parts(cuts):
-    arrival = expecting(DATA)
-    for start, stop in zip((0, *cuts), (*cuts, 200), strict=True):
-        assert arrival.digested_bytes == 0
-        arrival.add(0, meta(DATA), part(DATA[start:stop]))
-    assert arrival.digested_bytes == 200
-
-
-@pytest.mark.parametrize("place", [0, 99, 100, 199])
-@pytest.mark.parametrize("bit", [0, 7])
-def test_one_wrong_bit_is_caught(place, bit):
-    arrival, wrong = expecting(DATA), bytearray(DATA)
-    wrong[place] ^= 1 << bit
-    arrival.add(0, meta(DATA), part(wrong[:100]))
-    with pytest.raises(VerificationError, match=r"tensor 't' arrived with digest [0-9a-f]{32}, expected [0-9a-f]{32}"):
-        arrival.add(0, meta(DATA), part(wrong[100:]))
-
-
-def test_parts_in_the_wrong_order_are_caught():
-    arrival = expecting(DATA)
-    arrival.add(0, meta(DATA), part(DATA[100:]))
-    with pytest.raises(VerificationError):
-        arrival.add(0, meta(DATA), part(DATA[:100]))
-
-
-def test_tensors_may_come_between_each_others_parts():
-    other = bytes(reversed(DATA))
-    arrival = expecting(DATA, other)
-    arrival.add(0, meta(DATA, "a"), part(DATA[:100]))
-    arrival.add(1, meta(other, "b"), part(other))
-    arrival.add(0, meta(DATA, "a"), part(DATA[100:]))
-    assert arrival.digested_bytes == 400
-
-
-def test_the_same_tensor_may_come_again():
-    arrival = expecting(DATA)
-    for _ in range(2):
-        arrival.add(0, meta(DATA), part(DATA))
-    assert arrival.digested_bytes == 400
-
-
-def test_an_empty_tensor_is_complete_at_once():
-    arrival = expecting(b"", b"x")
-    arrival.add(0, meta(b""), part(b""))
-    with pytest.raises(VerificationError):
-        arrival.add(1, meta(b""), part(b""))
+from ckpt_core.verify import fingerprint
 
 
 # -- fingerprints ------------------------------------------------------------------------------------------------

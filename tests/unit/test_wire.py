@@ -1,6 +1,7 @@
 """Frames: every message survives the way, and whatever does not fit is refused with WireError and nothing else."""
 # ruff: noqa: S106 (tokens of these tests are no secrets)
 
+import tracemalloc
 import typing
 
 import msgspec
@@ -78,7 +79,6 @@ LINKS = wire.Links(agent=2, secret="0" * 32, ports=("10.0.0.2:1", "[::1]:2"))
 RINGS = wire.RingSet(offers=(RING, RING), receiver=1, receivers=2)
 OFFER = wire.OfferPlan(
     plan=PLAN,
-    digests=("0" * 32, "", ""),
     rings=RINGS,
     update_id="u",
     version="v",
@@ -94,8 +94,10 @@ SAMPLES = (
     wire.MapRings(rings=RINGS),
     wire.AskLayout(manifest=MANIFEST),
     OFFER,
-    wire.Begin(),
+    wire.Begin(parts={3: bytes(16)}),
     wire.Commit(version="v1", digest="00"),
+    wire.AskHeld(manifest=MANIFEST),
+    wire.CompareHeld(digests=bytes(16)),
     wire.RankHello(endpoint_index=1, rank=RANK, process=PROCESS),
     wire.LayoutReply(layout=CUT),
     wire.PlanAgreed(digest=PLAN.digest),
@@ -103,13 +105,22 @@ SAMPLES = (
     wire.Verified(stats=RANK_STATS, fingerprint="f"),
     wire.Committed(),
     wire.Aborted(outcome=AbortOutcome.RELOADABLE),
-    wire.Prepare(index=INDEX, digest=("a",), holds=("a",)),
+    wire.HeldSlices(
+        parts=(wire.PartOf(tensor=0, box=Box(start=(1, 0), shape=(2, 300))), wire.PartOf(tensor=1, box=None)),
+        unchecked=("c.none",),
+        unchecked_bytes=7,
+        fit=Layout(entries=(), missing=("lacking",)),
+    ),
+    wire.Compared(equal_bytes=2**40, differing_bytes=4, differing=("a.weight",), differing_count=1, fingerprint="f"),
+    wire.Prepare(
+        index=INDEX, digest=("a",), holds=("a",), parts=(wire.PartOf(tensor=0, box=Box(start=(0,), shape=(1,))),)
+    ),
     wire.OpenRing(size_bytes=1 << 20, receivers=3),
     wire.TakePlan(plan=PLAN, relay=RELAY, links=LINKS),
     wire.Send(timeout_s=1.5),
     wire.Stop(),
     wire.AgentHello(agent=1, process=PROCESS, count=2, address="10.0.0.1", nic_gb_s=50.0),
-    wire.Prepared(digests={"a": "0" * 32}, digest_s=0.1, locked_bytes=8, lock_s=0.2),
+    wire.Prepared(digests={"a": "0" * 32}, parts=bytes(8), digest_s=0.1, locked_bytes=8, lock_s=0.2),
     wire.RingOpened(offer=RING, port="10.0.0.1:4711"),
     wire.PlanTaken(digest=PLAN.digest),
     wire.Sent(stats=AGENT_STATS),
@@ -249,3 +260,80 @@ def test_too_large_a_frame_is_refused_undecoded_on_both_sides(monkeypatch):
 def test_text_that_is_not_unicode_does_not_travel():
     with pytest.raises(WireError):
         wire.encode(wire.Abort(cause="file \udcff is gone"), token="t", seq=1)
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+SMALL = tuple(kind for kind in typing.get_args(wire.AnyMessage) if kind not in wire.LARGE_ASKS + wire.LARGE_REPLIES)
+
+
+def padded(kind, size_bytes):
+    """A frame of that kind with something unknown in it, which the schema lets pass."""
+    body = {"type": kind.__name__, "padding": b"x" * size_bytes}
+    return frame(body)
+
+
+@pytest.mark.parametrize("kind", SMALL, ids=lambda kind: kind.__name__)
+def test_only_what_grows_with_the_checkpoint_may_be_large(kind):
+    with pytest.raises(WireError, match=rf"'{kind.__name__}' of \d+ bytes exceeds the limit of {1 << 20}"):
+        wire.decode(padded(kind, 1 << 20), tokens=["t"], last_seq=0)
+
+
+@pytest.mark.parametrize("kind", wire.LARGE_ASKS + wire.LARGE_REPLIES, ids=lambda kind: kind.__name__)
+def test_what_grows_with_the_checkpoint_has_a_limit_too(kind, monkeypatch):
+    with pytest.raises(WireError, match="schema"):  # which it does not fit; its size is none of its faults
+        wire.decode(padded(kind, 1 << 20), tokens=["t"], last_seq=0)
+    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES" if kind in wire.LARGE_ASKS else "MAX_REPLY_BYTES", 2 << 20)
+    with pytest.raises(WireError, match=f"exceeds the limit of {2 << 20}"):
+        wire.decode(padded(kind, 2 << 20), tokens=["t"], last_seq=0)
+
+
+def test_a_small_message_that_is_large_is_not_even_sent():
+    with pytest.raises(WireError, match=f"Abort of .* exceeds the limit of {1 << 20}"):
+        wire.encode(wire.Abort(cause="x" * (1 << 20)), token="t", seq=1)
+
+
+def test_a_large_message_of_no_known_kind():
+    for body in ({"type": "Ping2"}, {"kind": 1}, [1]):
+        sent = frame([body, b"x" * (1 << 20)] if isinstance(body, list) else body | {"padding": b"x" * (1 << 20)})
+        with pytest.raises(WireError, match=r"exceeds the limit|schema"):
+            wire.decode(sent, tokens=["t"], last_seq=0)
+
+
+def test_the_body_of_a_stranger_is_not_decoded(monkeypatch):
+    class Untouched:
+        def decode(self, _raw):
+            raise AssertionError("decoded")
+
+    monkeypatch.setattr(wire, "_body_decoder", Untouched())
+    monkeypatch.setattr(wire, "_tag_decoder", Untouched())
+    sent = frame({"type": "AskLayout", "padding": b"x" * (2 << 20)}, token="wrong")
+    with pytest.raises(WireError, match="wrong token"):
+        wire.decode(sent, tokens=["t"], last_seq=0)
+    with pytest.raises(WireError, match="expected frame 2"):
+        wire.decode(frame(), tokens=["t"], last_seq=1)
+    with pytest.raises(AssertionError, match="decoded"):
+        wire.decode(frame(), tokens=["t"], last_seq=0)
+
+
+def test_an_envelope_has_four_parts():
+    with pytest.raises(WireError, match="schema"):
+        wire.decode(msgspec.msgpack.encode([wire.PROTOCOL_VERSION, "t", 1]), tokens=["t"], last_seq=0)
+    later = msgspec.msgpack.encode([wire.PROTOCOL_VERSION + 1, "t", 1, {"type": "Ping"}, 0])  # it says what is wrong
+    with pytest.raises(WireError, match="speaks protocol"):
+        wire.decode(later, tokens=["t"], last_seq=0)
+
+
+@pytest.mark.parametrize(
+    "head", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff"]
+)
+def test_a_length_in_a_body_that_is_not_there_takes_no_memory(head):
+    sent = (
+        b"\x94" + msgspec.msgpack.encode(wire.PROTOCOL_VERSION) + b"\xa1t\x01\x82\xa4type\xa7Prepare\xa6digest" + head
+    )
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match="schema"):
+            wire.decode(sent, tokens=["t"], last_seq=0)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

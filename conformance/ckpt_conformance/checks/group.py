@@ -14,7 +14,7 @@ from ckpt_conformance.checks.registry import CheckFailed, check
 from ckpt_conformance.levels import ModelKind, Tier
 from ckpt_core.api import Updater
 from ckpt_core.capability import Capability
-from ckpt_core.config import UpdateConfig, VerifyLevel
+from ckpt_core.config import Undo, UpdateConfig, VerifyLevel
 from ckpt_core.endpoint import Endpoint
 from ckpt_core.errors import CkptError, Outcome, UpdateAborted
 
@@ -25,6 +25,7 @@ _CONFIG = UpdateConfig(
     transfer_timeout_s=30.0,
     silence_timeout_s=20.0,
     commit_timeout_s=20.0,
+    undo=Undo.NONE,
 )
 
 
