@@ -48,7 +48,7 @@ class History:
         if state is None and ephemeral is None:
             raise ConfigError("nothing is remembered here; set CKPT_STATE_DIR to a directory of yours")
         if state is not None:
-            return cls(state, environment.memory_root / f"ckpt-versions-{_name_of(state)}")
+            return cls(state, pool_directory(environment.memory_root, state))
         assert ephemeral is not None
         return cls(ephemeral / "state", ephemeral / "versions")
 
@@ -184,5 +184,6 @@ class History:
         return tuple(update for update in self.store.in_flight() if update.controller.is_gone())
 
 
-def _name_of(state: Path) -> str:
-    return hashlib.sha256(str(state.resolve()).encode()).hexdigest()[:12]
+def pool_directory(memory_root: Path, state: Path) -> Path:
+    """Where versions of a store are held in memory."""
+    return memory_root / f"ckpt-versions-{hashlib.sha256(str(state.resolve()).encode()).hexdigest()[:12]}"

@@ -42,26 +42,26 @@ async def update_while_a_request_runs(engine, updater, checkpoint):
 
 
 def fail_in_the_middle(updater, checkpoint):
-    """The source is cut after it was read for the first time."""
+    """The source is cut when ranks have begun."""
     from ckpt_core import UpdateAborted
-    from ckpt_core.fleet import Fleet
+    from ckpt_core.agents import AgentGroup
 
-    pause = Fleet.pause
+    start_sending = AgentGroup.start_sending
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / "model.safetensors"
         copy.write_bytes((Path(checkpoint) / "model.safetensors").read_bytes())
 
-        def pause_and_cut(fleet, mode):
+        def cut_and_send(agents, **options):
             os.truncate(copy, copy.stat().st_size // 2)
-            return pause(fleet, mode)
+            start_sending(agents, **options)
 
-        Fleet.pause = pause_and_cut
+        AgentGroup.start_sending = cut_and_send
         try:
             updater.update(copy, version="cut")
         except UpdateAborted:
             return
         finally:
-            Fleet.pause = pause
+            AgentGroup.start_sending = start_sending
     raise AssertionError("the update did not fail")
 
 
@@ -79,13 +79,13 @@ def resume_is_refused(engine):
 def main():
     import sglang
 
-    from ckpt_core import UpdateConfig, Updater
+    from ckpt_core import Undo, UpdateConfig, Updater
     from ckpt_sglang.in_process import target
 
     bare, first, second = sys.argv[1:]
     engine = sglang.Engine(model_path=bare, **OPTIONS)
     said = {"babble": answer(engine)[0]}
-    with Updater([target(engine)], config=UpdateConfig(ring_bytes=1 << 14, bucket_bytes=1 << 13)) as updater:
+    with Updater([target(engine)], config=UpdateConfig(ring_bytes=1 << 14, bucket_bytes=1 << 13, undo=Undo.NONE)) as updater:
         found = []
         for version, checkpoint in (("one", first), ("two", second)):
             updater.update(checkpoint, version=version)

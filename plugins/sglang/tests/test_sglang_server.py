@@ -12,10 +12,10 @@ import pytest
 
 from ckpt_conformance.models.tiny import make_tiny, perturb
 from ckpt_core import Outcome, Target, UpdateAborted, UpdateConfig, Updater
+from ckpt_core.agents import AgentGroup
 from ckpt_core.config import child_environment
 from ckpt_core.contract import EndpointState, PauseMode
 from ckpt_core.errors import EngineStateError
-from ckpt_core.fleet import Fleet
 from ckpt_sglang.launch import WAIT_FOR_WEIGHTS, SglangServer
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -62,18 +62,18 @@ def updater(server):
 
 @pytest.fixture
 def fail_in_the_middle(updater, checkpoints, tmp_path, monkeypatch):
-    """An update whose source is cut after it was read for the first time."""
+    """An update whose source is cut when ranks have begun."""
     copy = tmp_path / "model.safetensors"
     copy.write_bytes((checkpoints["b"] / "model.safetensors").read_bytes())
-    pause = Fleet.pause
+    start_sending = AgentGroup.start_sending
 
-    def pause_and_cut(fleet, mode):
+    def cut_and_send(agents, **options):
         os.truncate(copy, copy.stat().st_size // 2)
-        return pause(fleet, mode)
+        start_sending(agents, **options)
 
     def fail():
         with monkeypatch.context() as patch:
-            patch.setattr(Fleet, "pause", pause_and_cut)
+            patch.setattr(AgentGroup, "start_sending", cut_and_send)
             with pytest.raises(UpdateAborted) as caught:
                 updater.update(copy, version="cut")
         return caught.value.outcome

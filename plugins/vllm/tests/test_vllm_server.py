@@ -6,9 +6,9 @@ import pytest
 from ckpt_conformance.harness import ModelKind
 from ckpt_conformance.models.tiny import make_tiny, perturb
 from ckpt_core import Outcome, Target, UpdateAborted, UpdateConfig, Updater
+from ckpt_core.agents import AgentGroup
 from ckpt_core.contract import EndpointState, PauseMode
 from ckpt_core.endpoint import Endpoint
-from ckpt_core.fleet import Fleet
 from ckpt_vllm import control
 from ckpt_vllm.harness import MODELS
 from ckpt_vllm.launch import EXTENSION, VllmServer
@@ -93,20 +93,20 @@ def test_pause_modes_without_requests(native, checkpoints, mode):
 
 
 def test_mixed_weights_are_silent_until_the_next_update(native, checkpoints, tmp_path, monkeypatch):
-    """The file changes while the engine is paused: the last tensor's digest is wrong, the others are loaded by then."""
+    """The file changes when ranks have begun: the last tensor's digest is wrong, the others are loaded by then."""
     before, tokens = native.live_digests(), native.generate(PROMPT)
     broken = tmp_path / "model.safetensors"
     broken.write_bytes((checkpoints["b"] / "model.safetensors").read_bytes())
-    pause = Fleet.pause
+    start_sending = AgentGroup.start_sending
 
-    def pause_and_scribble(fleet, mode):
+    def scribble_and_send(agents, **options):
         with broken.open("r+b") as file:
             file.seek(-64, 2)
             file.write(b"\x11" * 32)
-        return pause(fleet, mode)
+        start_sending(agents, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fleet, "pause", pause_and_scribble)
+        patch.setattr(AgentGroup, "start_sending", scribble_and_send)
         with pytest.raises(UpdateAborted) as caught:
             update(native, broken, "broken")
     assert caught.value.outcome is Outcome.POISONED
