@@ -230,14 +230,13 @@ class Updater:
     def _move(self, fleet: Fleet, index: SourceIndex, version: str, config: UpdateConfig) -> UpdateReport:
         """One update; where it fails in the middle, back again."""
         ran = self._ran()
-        if config.undo is Undo.REPLAY and not all(
-            record and self.history.warm(record.digest) for record in ran.values()
-        ):
+        digests = {record.digest if record else "" for record in ran.values()}
+        if config.undo is Undo.REPLAY and not all(map(self.history.warm, digests)):
             _log.warning(
                 "this update cannot be undone: what engines run is not warm here; `ckpt adopt` tells what they run"
             )
         session = self._session(
-            fleet, index, version, config, on_state=partial(note, fleet=fleet, history=self.history)
+            fleet, index, version, config, on_state=partial(note, fleet=fleet, history=self.history, ran=ran)
         )
         try:
             report = session.run()
@@ -266,12 +265,12 @@ class Updater:
         insist(lambda: self.history.aborted(session.update_id, aborted.by_endpoint))
         return aborted
 
-    def _replay(self, fleet: Fleet, record: EngineRecord, expect: Expected) -> None:
+    def _replay(self, fleet: Fleet, version: str, expect: Expected) -> None:
         """Move engines to a version once more, which must come out as it was."""
         config = replace(self._config, undo=Undo.NONE, trace=False)
-        index = self.history.pool.index_of(record.digest)
+        index = self.history.pool.index_of(expect.digest)
         try:
-            session = self._session(fleet, index, record.version, config, expect=expect)
+            session = self._session(fleet, index, version, config, expect=expect)
             try:
                 session.run()
             except (CkptError, KeyboardInterrupt) as error:

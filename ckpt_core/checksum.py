@@ -69,13 +69,13 @@ def _sum(values: torch.Tensor, places: Strided) -> torch.Tensor:
         shape[d] = n
         where = where + (torch.arange(n, dtype=torch.int64, device=device) * stride).view(shape)
     mixed = where * _PLACE + bits
-    mixed = (mixed ^ _right(mixed, 30)) * _FIRST
-    mixed = (mixed ^ _right(mixed, 27)) * _SECOND
-    return (mixed ^ _right(mixed, 31)).sum()
+    mixed = (mixed ^ shifted_right(mixed, 30)) * _FIRST
+    mixed = (mixed ^ shifted_right(mixed, 27)) * _SECOND
+    return (mixed ^ shifted_right(mixed, 31)).sum()
 
 
-def _right(values: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical shift of signed numbers."""
+def shifted_right(values: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical shift of int64 numbers, any shape, by 1 to 63 bits; torch has the arithmetic one only."""
     return (values >> by) & ((1 << (64 - by)) - 1)
 
 

@@ -14,7 +14,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -27,13 +26,15 @@ from ckpt_core.cli_options import (
     ERR,
     OUT,
     CheckpointArgument,
+    CopyOption,
     EndpointOption,
     EngineOption,
     JsonOption,
+    indented,
     progress_bar,
+    show,
     targets_of,
     writable,
-    write_json,
 )
 from ckpt_core.config import MIB, Environment, Reading, Undo, UpdateConfig, VerifyLevel
 from ckpt_core.contract import PauseMode
@@ -69,9 +70,7 @@ def update(
     fingerprint: Annotated[bool, typer.Option(help="Digest the live weights of every rank.")] = True,
     undo: Annotated[Undo, typer.Option(help="How mixed weights become the old ones again if it fails.")] = Undo.REPLAY,
     keep_versions: Annotated[int, typer.Option(min=1, help="Versions that stay warm to go back to.")] = 2,
-    copy_to_pool: Annotated[
-        bool, typer.Option("--copy-to-pool", help="Copy the files into the host pool, so that they may go.")
-    ] = False,
+    copy_to_pool: CopyOption = False,
     pool_mib: Annotated[int, typer.Option(min=0, help="Limit of versions in the host pool, MiB; 0: none.")] = 0,
     replay: Annotated[bool, typer.Option(help="Copy recorded slices instead of calling the engine's loader.")] = True,
     ring_mib: Annotated[int, typer.Option(min=0, help="Ring of each agent, MiB; 0: 16 on CPU, 128 on a GPU.")] = 0,
@@ -123,10 +122,7 @@ def update(
         )
     if metrics_file is not None:
         report.write_metrics(metrics_file)
-    if json is None or str(json) != "-":
-        for table in render.report_tables(report):
-            OUT.print(table)
-    write_json(json, report.to_json())
+    show(json, report.to_json(), render.report_tables(report))
 
 
 @app.command()
@@ -143,20 +139,16 @@ def inspect(
         pool = HostPool(CpuDevice())
         pool.adopt(index)
         with progress_bar() as on_progress:
-            digests, done = {}, 0
+            found, done = {}, 0
             for extent in index.extents:
-                digests[extent.name] = pool.digest(extent.name)
+                found[extent.name] = pool.digest(extent.name)
                 done += extent.size_bytes
                 on_progress(Stage.PREPARE, done, index.size_bytes)
         pool.close()
-        manifest = manifest.with_digests(digests)
-    if json is None or str(json) != "-":
-        for table in render.manifest_tables(manifest, tensors=tensors):
-            OUT.print(table)
-        OUT.print(f"structure digest {manifest.structure_digest}")
-        if digest:
-            OUT.print(f"content digest   {manifest.digest}")
-    write_json(json, manifest.to_json())
+        manifest = manifest.with_digests(found)
+    digests = [f"structure digest {manifest.structure_digest}"]
+    digests += [f"content digest   {manifest.digest}"] if digest else []
+    show(json, manifest.to_json(), [*render.manifest_tables(manifest, tensors=tensors), *digests])
 
 
 @app.command()
@@ -184,13 +176,8 @@ def plan(
         bucket_bytes=min(bucket_mib, ring_mib) * MIB,
     )
     ways = _explained(made, manifest, hosts, lanes or []) if explain else []
-    if json is None or str(json) != "-":
-        OUT.print(render.plan_table(made))
-        if explain:
-            OUT.print(render.plan_explanation(made, manifest))
-        for table in ways:
-            OUT.print(table)
-    write_json(json, msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n")
+    explained = [render.plan_explanation(made, manifest)] if explain else []
+    show(json, indented(made), [render.plan_table(made), *explained, *ways])
 
 
 def _explained(made: Plan, manifest: Manifest, hosts: int, lanes: list[str]) -> list[Table]:
@@ -241,9 +228,7 @@ def limits(
     with probe.open_gpus() as gpus:
         found = machine_limits.measure(machine_limits.identify(), gpus, seconds)
     machine_limits.save(Environment.read().cache_root, found)
-    if json is None or str(json) != "-":
-        OUT.print(machine_limits.limits_table(found))
-    write_json(json, machine_limits.to_json(found))
+    show(json, machine_limits.to_json(found), [machine_limits.limits_table(found)])
 
 
 @app.command()
@@ -261,9 +246,7 @@ def timeline(
 def engines(json: JsonOption = None) -> None:
     """Show installed engine plugins and what they can do."""
     infos = [plugins.load(name).info for name in plugins.names()]
-    if json is None or str(json) != "-":
-        OUT.print(render.engines_table(infos))
-    write_json(json, msgspec.json.format(msgspec.json.encode(infos), indent=2) + b"\n")
+    show(json, indented(infos), [render.engines_table(infos)])
 
 
 @app.command()

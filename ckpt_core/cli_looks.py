@@ -9,14 +9,14 @@ import typer
 from ckpt_core import render
 from ckpt_core.api import Updater
 from ckpt_core.cli_options import (
-    OUT,
     CheckpointArgument,
+    CopyOption,
     EndpointOption,
     EngineOption,
     JsonOption,
     progress_bar,
+    show,
     targets_of,
-    write_json,
 )
 from ckpt_core.errors import VerificationError
 
@@ -33,10 +33,7 @@ def verify(
     """Compare the live weights of engines with a version. Ends with 8 where anything differs, or nothing could be compared."""
     with progress_bar() as on_progress, Updater(targets_of(engine, endpoint), on_progress=on_progress) as updater:
         report = updater.verify(version)
-    if json is None or str(json) != "-":
-        for look in report.engines:
-            OUT.print(render.look_table(look))
-    write_json(json, report.to_json())
+    show(json, report.to_json(), map(render.look_table, report.engines))
     if not report.equal:
         raise typer.Exit(VerificationError.exit_code)
 
@@ -47,15 +44,10 @@ def adopt(  # noqa: PLR0917 (options by position are never given)
     endpoint: EndpointOption,
     engine: EngineOption = "",
     version: Annotated[str, typer.Option(help="Label; by default the start of the content digest.")] = "",
-    copy_to_pool: Annotated[
-        bool, typer.Option("--copy-to-pool", help="Copy the files into the host pool, so that they may go.")
-    ] = False,
+    copy_to_pool: CopyOption = False,
     json: JsonOption = None,
 ) -> None:
     """Prove that engines run a checkpoint already and remember it, so that the next update can be undone."""
     with progress_bar() as on_progress, Updater(targets_of(engine, endpoint), on_progress=on_progress) as updater:
         report = updater.adopt(checkpoint, version=version, copy=copy_to_pool)
-    if json is None or str(json) != "-":
-        for look in report.engines:
-            OUT.print(render.look_table(look))
-    write_json(json, report.to_json())
+    show(json, report.to_json(), map(render.look_table, report.engines))

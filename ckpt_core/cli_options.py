@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from ckpt_core.errors import ConfigError
@@ -57,8 +58,25 @@ def _target(engine: str, text: str) -> Target:
     return Target(engine=name, url=url.rstrip("/"))
 
 
-def write_json(path: Path | None, data: bytes) -> None:
-    """To a file, to standard output for -, or nowhere."""
+def indented(value: Any) -> bytes:
+    """JSON for people and programs."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+CopyOption = Annotated[
+    bool, typer.Option("--copy-to-pool", help="Copy the files into the host pool, so that they may go.")
+]
+
+
+def show(json: Path | None, data: bytes, tables: Iterable[RenderableType]) -> None:
+    """A command's result: tables for people, unless JSON goes to standard output (-); JSON to a file, there, or nowhere."""
+    if json is None or str(json) != "-":
+        for table in tables:
+            OUT.print(table, highlight=False)
+    _write_json(json, data)
+
+
+def _write_json(path: Path | None, data: bytes) -> None:
     if path is None:
         return
     if str(path) == "-":

@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.markup import escape
 
 from ckpt_core import plugins, render
 from ckpt_core.api import Updater
-from ckpt_core.cli_options import OUT, EndpointOption, EngineOption, JsonOption, progress_bar, targets_of, write_json
+from ckpt_core.cli_options import (
+    OUT,
+    EndpointOption,
+    EngineOption,
+    JsonOption,
+    indented,
+    progress_bar,
+    show,
+    targets_of,
+)
 from ckpt_core.config import Environment
 from ckpt_core.contract import EndpointStatus
 from ckpt_core.endpoint import Endpoint, EndpointOptions
@@ -27,9 +35,7 @@ def versions(json: JsonOption = None) -> None:
     """List the versions that are remembered: whether they are warm, where their bytes are, and which engines run them."""
     with contextlib.closing(History.of(Environment.read())) as history:
         found = version_rows(history)
-    if json is None or str(json) != "-":
-        OUT.print(render.versions_table(found))
-    write_json(json, msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
+    show(json, indented(found), [render.versions_table(found)])
 
 
 @app.command()
@@ -42,10 +48,7 @@ def rollback(
     """Move engines back to a version that is still warm."""
     with progress_bar() as on_progress, Updater(targets_of(engine, endpoint), on_progress=on_progress) as updater:
         report = updater.rollback(version)
-    if json is None or str(json) != "-":
-        for table in render.report_tables(report):
-            OUT.print(table)
-    write_json(json, report.to_json())
+    show(json, report.to_json(), render.report_tables(report))
 
 
 @app.command()
@@ -74,11 +77,7 @@ def ready(endpoint: EndpointOption, engine: EngineOption = "", json: JsonOption 
     known = History.of(environment) if environment.state_root is not None else None
     with contextlib.closing(known) if known else contextlib.nullcontext():
         reasons = not_ready(statuses, {url: known.store.engine(url) for url in statuses} if known else {})
-    if json is None or str(json) != "-":
-        for status in statuses.values():
-            OUT.print(render.status_table(status))
-        for url, reason in reasons.items():
-            OUT.print(f"{escape(url)}: {escape(reason)}", highlight=False)
-    write_json(json, msgspec.json.format(msgspec.json.encode(list(statuses.values())), indent=2) + b"\n")
+    said = [f"{escape(url)}: {escape(reason)}" for url, reason in reasons.items()]
+    show(json, indented(list(statuses.values())), [*map(render.status_table, statuses.values()), *said])
     if reasons:
         raise typer.Exit(EngineError.exit_code)

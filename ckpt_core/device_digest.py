@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+from ckpt_core.checksum import shifted_right
 from ckpt_core.leaf_digest import FILL_BYTES, LEAF_BYTES, Digests, fold_each, leaf_count, leaves_of
 
 _WORD_BYTES = 8
@@ -141,13 +142,13 @@ def _of_equal_size(leaves: torch.Tensor) -> torch.Tensor:
         block = blocks[:, number]
         mixed = block ^ keys
         swapped = block.view(len(leaves), _STRIPES, -1, 2).flip(-1).reshape(block.shape)
-        sums = sums + ((mixed & _LOW) * _right(mixed, 32) + swapped).sum(1)
+        sums = sums + ((mixed & _LOW) * shifted_right(mixed, 32) + swapped).sum(1)
         if not last:
-            sums = (sums ^ _right(sums, 47) ^ words[16:24]) * PRIME32_1
+            sums = (sums ^ shifted_right(sums, 47) ^ words[16:24]) * PRIME32_1
     merged = sums ^ words[32:40]
     found = _signed(size * PRIME64_1 % (1 << 64)) + _folded(merged[:, ::2], merged[:, 1::2]).sum(1)
-    found = (found ^ _right(found, 37)) * AVALANCHE
-    return found ^ _right(found, 32)
+    found = (found ^ shifted_right(found, 37)) * AVALANCHE
+    return found ^ shifted_right(found, 32)
 
 
 _LOW = (1 << 32) - 1
@@ -155,15 +156,10 @@ _LOW = (1 << 32) - 1
 
 def _folded(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Product of 128 bits, its halves xored."""
-    a, b, c, d = first & _LOW, _right(first, 32), second & _LOW, _right(second, 32)
+    a, b, c, d = first & _LOW, shifted_right(first, 32), second & _LOW, shifted_right(second, 32)
     low, cross, other = a * c, a * d, b * c
-    carry = _right(_right(low, 32) + (cross & _LOW) + (other & _LOW), 32)
-    return (first * second) ^ (b * d + _right(cross, 32) + _right(other, 32) + carry)
-
-
-def _right(values: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical shift of signed numbers."""
-    return (values >> by) & ((1 << (64 - by)) - 1)
+    carry = shifted_right(shifted_right(low, 32) + (cross & _LOW) + (other & _LOW), 32)
+    return (first * second) ^ (b * d + shifted_right(cross, 32) + shifted_right(other, 32) + carry)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from ckpt_core.outcomes import SAYS, worst
 from ckpt_core.store_records import EngineRecord
 
 _log = logging.getLogger(__name__)
-Replay = Callable[[Fleet, EngineRecord, Expected], None]
+Replay = Callable[[Fleet, str, Expected], None]  # engines, the version's label, and what they must come to
 
 
 def go_back(
@@ -32,7 +32,7 @@ def go_back(
             if history.warm(record.digest) is None:
                 raise CkptError(f"version {record.version or record.digest} is not warm any more; update again")
             fingerprints = {member.endpoint.url: ran[member.endpoint.url].fingerprints for member in group}
-            replay(Fleet(members=group), record, Expected(digest=record.digest, fingerprints=fingerprints))
+            replay(Fleet(members=group), record.version, Expected(digest=record.digest, fingerprints=fingerprints))
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 told among the causes
             _log.warning("going back to %s failed: %s", record.version or record.digest, error)
             causes.append(error)

@@ -12,7 +12,7 @@ from ckpt_core.going_back import Replay
 from ckpt_core.history import History
 from ckpt_core.outcomes import worst
 from ckpt_core.states import SessionState
-from ckpt_core.store_records import EngineRecord, UpdateRecord
+from ckpt_core.store_records import UpdateRecord
 
 _log = logging.getLogger(__name__)
 
@@ -77,23 +77,14 @@ def _moved(members: Sequence[Member], digest: str, update: UpdateRecord, history
         before = history.ran(member.endpoint.url, member.instance_id)
         if before is not None and before.digest == digest:
             prints[member.endpoint.url] = before.fingerprints
-    first = members[0]
-    record = EngineRecord(
-        url=first.endpoint.url,
-        engine=first.endpoint.engine,
-        instance_id=first.instance_id,
-        digest=digest,
-        version=version.label or update.version,
-        update_id=update.update_id,
-        committed_at=0.0,
-    )
+    label = version.label or update.version
     try:
         for member in members:
             member.check()  # what an attempt before left
             # the dead controller paused it, so this one resumes it
             member.paused_here = True
-        replay(Fleet(members=members), record, Expected(digest=digest, fingerprints=prints))
+        replay(Fleet(members=members), label, Expected(digest=digest, fingerprints=prints))
     except CkptError as error:
-        _log.warning("engines could not be brought to %s: %s", record.version or digest, error)
+        _log.warning("engines could not be brought to %s: %s", label or digest, error)
         return False
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import xxhash
 
-from ckpt_core.errors import CapacityError, ConfigError, ManifestError, VerificationError
-from ckpt_core.source import POOL_ALIGN_BYTES, Extent, SourceFile, SourceIndex
+from ckpt_core.errors import ConfigError, ManifestError, VerificationError
+from ckpt_core.pool_file import POOL_ALIGN_BYTES, reserve
+from ckpt_core.source import Extent, SourceFile, SourceIndex
 from ckpt_core.tensor_places import Content, Place
 
 _PIECE_BYTES = 1 << 20  # stays in the cache between the read, the digest and the write
@@ -42,7 +42,8 @@ def copy_tensors(source: SourceIndex, wanted: Mapping[Content, Extent], path: Pa
     except OSError as error:
         raise ConfigError(f"{str(path)!r}: cannot be made ({error.strerror}); name a writable directory") from error
     try:
-        _reserve(descriptor, path, max(placed[-1].offset_bytes + placed[-1].size_bytes, 1))
+        total_bytes = max(placed[-1].offset_bytes + placed[-1].size_bytes, 1)
+        reserve(descriptor, path, total_bytes, "evict versions, free some, or name another directory")
         _copy_all(source, tensors, placed, descriptor)
         os.fsync(descriptor)
     except BaseException:
@@ -65,19 +66,6 @@ def _place(extents: Sequence[Extent]) -> list[Extent]:
     return placed
 
 
-def _reserve(descriptor: int, path: Path, size_bytes: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, size_bytes)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise ConfigError(f"{str(path.parent)!r}: cannot hold a segment ({error.strerror})") from error
-        status = os.statvfs(path.parent)
-        raise CapacityError(
-            f"{str(path.parent)!r}: expected {size_bytes} free bytes for the version's new tensors, got "
-            f"{status.f_bavail * status.f_frsize}; evict versions, free some, or name another directory"
-        ) from error
-
-
 def _copy_all(
     source: SourceIndex, tensors: Sequence[tuple[Content, Extent]], placed: Sequence[Extent], target: int
 ) -> None:
@@ -86,21 +74,13 @@ def _copy_all(
         files: dict[int, int] = {}
         for ((expected, _, _), extent), place in zip(tensors, placed, strict=True):
             if extent.file not in files:
-                files[extent.file] = _open(source.files[extent.file].path)
-                opened.callback(os.close, files[extent.file])
+                files[extent.file] = opened.enter_context(source.files[extent.file].open()).fileno()
             got = _copy(files[extent.file], extent, target, place.offset_bytes, piece)
             if got != expected:
                 raise VerificationError(
                     f"tensor {extent.name!r:.200} of {source.files[extent.file].path!r}: expected bytes of digest {expected}, "
                     f"got {got}; the file was changed or is damaged: make the manifest anew, or the file"
                 )
-
-
-def _open(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ManifestError(f"{path!r}: cannot be read ({error.strerror}); check the path") from error
 
 
 def _copy(source: int, extent: Extent, target: int, offset_bytes: int, piece: memoryview) -> str:

@@ -29,7 +29,6 @@ from ckpt_core.expected import Expected
 from ckpt_core.fleet import Fleet
 from ckpt_core.fleet_plan import FleetPlan
 from ckpt_core.insist import insist
-from ckpt_core.manifest import Manifest
 from ckpt_core.metrics import Stage, Stopwatch, UpdateReport
 from ckpt_core.outcomes import SAYS, outcomes_by_endpoint, worst
 from ckpt_core.report import engine_records, host_reports, rank_report, reached, tracks_of
@@ -117,21 +116,21 @@ class Session:
             UpdateAborted: anything later; says what the engines hold now.
         """
         self._talk.watches.append(self._agents.check_replaced)  # cleared by commit, undo, or who stops the agents
-        manifest = self._prepare()
-        self._rings = self._open_rings(manifest)
+        self._prepare()
+        self._rings = self._open_rings()
         self._move(SessionState.PLANNED)
         with uncollected():
-            plan = self._move_engines(manifest)
-        return self._report(manifest, plan)
+            plan = self._move_engines()
+        return self._report(plan)
 
-    def _move_engines(self, manifest: Manifest) -> FleetPlan:
+    def _move_engines(self) -> FleetPlan:
         """From the pause to the resume."""
         try:
             self._pause()
             self._attach()
-            plan = self._agree(manifest)
+            plan = self._agree()
             self._transfer(plan)
-            self._commit(manifest)
+            self._commit()
         except BaseException as error:
             if (aborted := insist(partial(self._undo, error))) is not None:
                 raise aborted from error
@@ -143,18 +142,18 @@ class Session:
         self._serve()
         return plan
 
-    def _prepare(self) -> Manifest:
+    def _prepare(self) -> None:
         with self._watch.stage(Stage.PREPARE):
             self._follow(Stage.PREPARE, self.content.index.size_bytes, {})
             self.content.prepare(self._known_plan)
         self.version = self.version or self.content.digest.removeprefix("structure-")[:12]
-        return self.content.manifest
 
-    def _open_rings(self, manifest: Manifest) -> Rings:
+    def _open_rings(self) -> Rings:
         """Before the pause: a device's memory is asked for while engines still serve."""
         size_bytes, _ = self._config.ring_for(self._fleet.device_kind())
-        if self._known_plan is not None and self._known_plan.plan.structure_digest == manifest.structure_digest:
-            size_bytes = self._known_plan.plan.ring_bytes
+        known, structure = self._known_plan, self.content.manifest.structure_digest
+        if known is not None and known.plan.structure_digest == structure:
+            size_bytes = known.plan.ring_bytes
         receivers = sum(member.world_size for member in self._fleet.members)
         with self._watch.stage(Stage.PREPARE):
             try:
@@ -179,18 +178,18 @@ class Session:
             self._ranks = Ranks(hellos=self._hellos, host_of=tuple(host_of))
         self._move(SessionState.ATTACHED)
 
-    def _terms(self, manifest: Manifest) -> Terms:
+    def _terms(self) -> Terms:
         return Terms(
             update_id=self.update_id,
             version=self.version,
-            manifest=manifest,
+            manifest=self.content.manifest,
             structure=self.content.structure,
             config=self._config,
             device_kind=self._fleet.device_kind(),
         )
 
-    def _agree(self, manifest: Manifest) -> FleetPlan:
-        terms = self._terms(manifest)
+    def _agree(self) -> FleetPlan:
+        terms = self._terms()
         agreement = Agreement(self._talk, self._agents, self._rings, self._ranks, terms, name=self._name)
         known = self._known_plan
         if known is not None and known.fits(terms, self._ranks, self._rings):
@@ -240,7 +239,7 @@ class Session:
             elif isinstance(answer, wire.Sent):
                 self._sent[peer] = answer
 
-    def _commit(self, manifest: Manifest) -> None:
+    def _commit(self) -> None:
         with self._watch.stage(Stage.COMMIT):
             self._talk.watches.clear()  # attach calls come back from now on
             for peer in self._hellos:
@@ -348,7 +347,8 @@ class Session:
         self.state = state
         self._on_state(self)
 
-    def _report(self, manifest: Manifest, plan: FleetPlan) -> UpdateReport:
+    def _report(self, plan: FleetPlan) -> UpdateReport:
+        manifest = self.content.manifest
         now = time.perf_counter()
         return UpdateReport(
             update_id=self.update_id,

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckpt_core.pool_file import restage_tensors, stage_tensors
 from ckpt_core.shm import remove_directory
-from ckpt_core.source import SourceIndex, restage_tensors, stage_tensors
+from ckpt_core.source import SourceIndex
 
 if TYPE_CHECKING:
     import torch

@@ -221,7 +221,10 @@ class VersionPool:
             raise ManifestError(
                 "expected a version in files, got one in device memory, which ends with its process; stage it"
             )
-        if Manifest.from_index(index).structure_digest != manifest.structure_digest:
+        if len(index.extents) != len(manifest.tensors) or any(
+            (extent.name, extent.dtype, extent.shape) != (meta.name, meta.dtype, meta.shape)
+            for meta, extent in pairs(index, manifest)
+        ):
             raise ManifestError("expected index and manifest of one checkpoint, got other names, dtypes or shapes")
         index.check()
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_core.contract import LoadTensor, RecordingTarget
-from ckpt_core.device_digest import Leaves
 from ckpt_core.incoming import TakenPart
 from ckpt_core.layout import Box
 from ckpt_core.manifest import Manifest
 from ckpt_core.record.components import components
-from ckpt_core.record.live import Home, home_of
+from ckpt_core.record.live import Home, LiveDigests, home_of
 from ckpt_core.record.recording import Copy, Recording
 from ckpt_core.record.replay import pulls_of
 from ckpt_core.record.watch import named_tensors
@@ -36,13 +35,8 @@ class Comparable:
 
     def digests(self) -> list[int]:
         """Of every part as it lives now, in order."""
-        in_place = [number for number, home in enumerate(self.homes) if home.in_place]
-        leaves = Leaves([self.homes[number].pulls[0].destination for number in in_place])
-        found = dict(zip(in_place, leaves.digests(), strict=True))
-        for number, home in enumerate(self.homes):
-            if number not in found:
-                found[number] = Leaves([home.packed()]).digests()[0]
-        return [found[number] for number in range(len(self.homes))]
+        found = {id(home): digest for home, digest in LiveDigests(self.homes).found()}
+        return [found[id(home)] for home in self.homes]
 
 
 def comparable(target: RecordingTarget, recording: Recording, manifest: Manifest) -> Comparable:

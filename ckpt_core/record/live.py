@@ -6,7 +6,7 @@ again first, one at a time. Not compared are parts that are converted, or of whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,14 +57,33 @@ class Home:
         return bool((_region(taken, self.part.region) == 1).all())
 
 
+class LiveDigests:
+    """Digests of parts as they live now. What lies in place is digested at once, the rest one by one.
+
+    Attributes:
+        homes: where the parts are.
+    """
+
+    def __init__(self, homes: Sequence[Home]) -> None:
+        self.homes = list(homes)
+        self._in_place = [home for home in homes if home.in_place]
+        self._others = [home for home in homes if not home.in_place]
+        self._leaves = Leaves([home.pulls[0].destination for home in self._in_place])
+
+    def found(self) -> Iterator[tuple[Home, int]]:
+        """Each home with its digest; those in place come first."""
+        yield from zip(self._in_place, self._leaves.digests(), strict=True)
+        for home in self._others:
+            yield home, Leaves([home.packed()]).digests()[0]
+
+
 class LiveHomes:
     """Of one replay and one plan. Worked out at their first update, used at all."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[tuple[LoadTensor, ...], dict[int, Home]]] = {}
         self._replayed: list[Home] = []
-        self._in_place: list[Home] = []
-        self._leaves = Leaves([])
+        self._digests = LiveDigests([])
 
     def begin(self) -> None:
         """A replay begins."""
@@ -87,14 +106,10 @@ class LiveHomes:
         Raises:
             VerificationError: a digest differs.
         """
-        in_place = [home for home in self._replayed if home.in_place]
-        if in_place != self._in_place:
-            self._in_place, self._leaves = in_place, Leaves([home.pulls[0].destination for home in in_place])
-        for home, digest in zip(in_place, self._leaves.digests(), strict=True):
+        if self._replayed != self._digests.homes:
+            self._digests = LiveDigests(self._replayed)
+        for home, digest in self._digests.found():
             verifier.live(home.bucket, home.part, digest)
-        for home in self._replayed:
-            if not home.in_place:
-                verifier.live(home.bucket, home.part, Leaves([home.packed()]).digests()[0])
 
 
 def _homes(bucket: int, parts: Sequence[TakenPart], pulls: Sequence[Pull]) -> dict[int, Home]:

@@ -26,7 +26,7 @@ from ckpt_core.plan import make_plan
 from ckpt_core.plan_parts import PlanParts
 from ckpt_core.polling import Poller
 from ckpt_core.pool_digests import PoolDigests
-from ckpt_core.source import stage_tensors
+from ckpt_core.pool_file import stage_tensors
 from ckpt_core.transport.local import LocalRing, LocalRingReader, LocalRingWriter
 from ckpt_core.verify import Verifier
 from ckpt_core.wanted import Wanted

@@ -15,7 +15,7 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing, receive, send
 from ckpt_core.plan import check_plan, make_plan
 from ckpt_core.polling import Poller
-from ckpt_core.source import stage_tensors
+from ckpt_core.pool_file import stage_tensors
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.local import Faults, LocalRing, LocalRingReader, LocalRingWriter
 from ckpt_core.wanted import Wanted

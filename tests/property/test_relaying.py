@@ -21,11 +21,11 @@ from ckpt_core.layout import Box, Layout, LayoutEntry, whole_layout
 from ckpt_core.manifest import Manifest
 from ckpt_core.pipeline import Outgoing, receive
 from ckpt_core.polling import Poller
+from ckpt_core.pool_file import stage_tensors
 from ckpt_core.relaying import relay_all, slots_for
 from ckpt_core.routing.columns import ints
 from ckpt_core.routing.order import natural_order
 from ckpt_core.routing.topology import striped
-from ckpt_core.source import stage_tensors
 from ckpt_core.source_share import as_here, only
 from ckpt_core.staging import HostPool
 from ckpt_core.transport import chain

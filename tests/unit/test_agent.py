@@ -23,7 +23,8 @@ from ckpt_core.fleet_plan import FleetPlan
 from ckpt_core.layout import whole_layout
 from ckpt_core.manifest import Manifest, content_digest
 from ckpt_core.plan import make_plan
-from ckpt_core.source import Extent, SourceFile, SourceIndex, stage_tensors
+from ckpt_core.pool_file import stage_tensors
+from ckpt_core.source import Extent, SourceFile, SourceIndex
 
 WAIT_S = 30.0
 

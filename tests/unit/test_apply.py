@@ -16,7 +16,7 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.plan import make_plan
 from ckpt_core.plan_parts import PlanParts
 from ckpt_core.pool_digests import PoolDigests
-from ckpt_core.source import stage_tensors
+from ckpt_core.pool_file import stage_tensors
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.local import Faults, LocalRing, LocalRingReader, LocalRingWriter
 from ckpt_core.verify import Verifier

@@ -15,7 +15,7 @@ from ckpt_core.config import Reading
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import ConfigError, PeerLost, RendezvousTimeout, TransportError
 from ckpt_core.manifest import Manifest
-from ckpt_core.source import stage_tensors
+from ckpt_core.pool_file import stage_tensors
 
 WAIT_S = 10.0
 SHORT_S = 0.3

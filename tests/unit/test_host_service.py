@@ -19,7 +19,7 @@ from ckpt_core.config import Reading
 from ckpt_core.conversation import Conversation
 from ckpt_core.errors import PeerLost
 from ckpt_core.host_service import HostService
-from ckpt_core.source import stage_tensors
+from ckpt_core.pool_file import stage_tensors
 
 WAIT_S = 30.0
 

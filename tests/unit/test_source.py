@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 from ckpt_core import source
 from ckpt_core.dtypes import DType
 from ckpt_core.errors import CapacityError, ConfigError, ManifestError
+from ckpt_core.pool_file import stage_tensors
 from ckpt_core.safetensors_header import read_header
-from ckpt_core.source import DeviceRegion, Extent, SourceFile, SourceIndex, open_checkpoint, stage_tensors
+from ckpt_core.source import DeviceRegion, Extent, SourceFile, SourceIndex, open_checkpoint
 from ckpt_core.source_share import as_here, only
 
 

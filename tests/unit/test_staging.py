@@ -19,7 +19,8 @@ from ckpt_core.errors import ConfigError, ManifestError
 from ckpt_core.layout import Box
 from ckpt_core.manifest import Manifest
 from ckpt_core.plan import Step
-from ckpt_core.source import DeviceRegion, Extent, SourceIndex, stage_tensors
+from ckpt_core.pool_file import stage_tensors
+from ckpt_core.source import DeviceRegion, Extent, SourceIndex
 from ckpt_core.source_share import as_here, only
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.ipc import IpcRingWriter

@@ -17,8 +17,9 @@ from ckpt_core import owned, segment_copy, segments
 from ckpt_core.dtypes import DType
 from ckpt_core.errors import CapacityError, ConfigError, ManifestError, VerificationError
 from ckpt_core.manifest import Manifest, content_digest
+from ckpt_core.pool_file import stage_tensors
 from ckpt_core.punch import PAGE_BYTES, gaps_between, pages_of
-from ckpt_core.source import DeviceRegion, Extent, SourceFile, SourceIndex, stage_tensors
+from ckpt_core.source import DeviceRegion, Extent, SourceFile, SourceIndex
 from ckpt_core.store import Store
 from ckpt_core.version_pool import VersionPool
 

@@ -85,7 +85,9 @@ def main():
     bare, first, second = sys.argv[1:]
     engine = sglang.Engine(model_path=bare, **OPTIONS)
     said = {"babble": answer(engine)[0]}
-    with Updater([target(engine)], config=UpdateConfig(ring_bytes=1 << 14, bucket_bytes=1 << 13, undo=Undo.NONE)) as updater:
+    with Updater(
+        [target(engine)], config=UpdateConfig(ring_bytes=1 << 14, bucket_bytes=1 << 13, undo=Undo.NONE)
+    ) as updater:
         found = []
         for version, checkpoint in (("one", first), ("two", second)):
             updater.update(checkpoint, version=version)
