@@ -6,7 +6,8 @@
 #
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #
-# PYTHON chooses the interpreter, DEMO_FLAGS and PYTEST_FLAGS are passed on, PART_TIMEOUT bounds each part of `make test`.
+# PYTHON chooses the interpreter, DEMO_FLAGS and PYTEST_FLAGS are passed on, WORKERS is how many tests run at once where no
+# engine is started, PART_TIMEOUT bounds each part of `make test`.
 #
 # Real engines have an environment each (.venv-vllm, .venv-sglang: CPU builds, some 3.5 GB each), since they pin what they need.
 
@@ -17,12 +18,16 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 export PYTHON
 
+# tests start hundreds of processes: each would compile all modules again
+unexport PYTHONDONTWRITEBYTECODE
+
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PARTS := lint types unit property integration conformance faults \
 	venv-vllm engines-vllm conformance-vllm venv-sglang engines-sglang conformance-sglang engines-both
 # suites that need an engine or a GPU have targets of their own
-PYTEST := $(BIN)/python -m pytest -m "not engines and not gpu and not gpu2" $(PYTEST_FLAGS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) -m "not engines and not gpu and not gpu2" $(PYTEST_FLAGS)
 ENGINE_PYTEST := python -m pytest -m engines $(PYTEST_FLAGS) tests/engines
 
 # pip and the model libraries keep caches under HOME; where there is none to write to, they go into the checkout

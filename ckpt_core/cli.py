@@ -195,7 +195,7 @@ def cluster(
 ) -> None:
     """Make the keys of a cluster: controller.json for who updates, agent.json for the hosts of engines."""
     for path in clusters.create(directory, address):
-        OUT.print(escape(str(path)))
+        OUT.print(escape(str(path)), soft_wrap=True)
 
 
 @app.command()
@@ -239,7 +239,7 @@ def timeline(
     """Draw a trace as one self-contained HTML page."""
     page = out or trace.with_suffix(".html")
     draw(trace, page)
-    OUT.print(escape(str(page)))
+    OUT.print(escape(str(page)), soft_wrap=True)
 
 
 @app.command()

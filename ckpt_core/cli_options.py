@@ -72,7 +72,7 @@ def show(json: Path | None, data: bytes, tables: Iterable[RenderableType]) -> No
     """A command's result: tables for people, unless JSON goes to standard output (-); JSON to a file, there, or nowhere."""
     if json is None or str(json) != "-":
         for table in tables:
-            OUT.print(table, highlight=False)
+            OUT.print(table, highlight=False, soft_wrap=isinstance(table, str))
     _write_json(json, data)
 
 
