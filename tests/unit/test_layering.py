@@ -152,6 +152,7 @@ TORCHLESS = (
     "routing.routed",
     "routing.views",
     "p2p.nics",
+    "p2p.rate",
     "simulate",
     "cost",
     "contract",
