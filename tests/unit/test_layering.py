@@ -151,6 +151,7 @@ TORCHLESS = (
     "routing",
     "routing.routed",
     "routing.views",
+    "p2p.assignment",
     "p2p.nics",
     "p2p.rate",
     "simulate",
