@@ -156,6 +156,8 @@ class Environment:
         bearer_token: for HTTP calls to engines (CKPT_BEARER_TOKEN).
         ca_file: PEM bundle of those who may sign certificates of engines (CKPT_CA_FILE); "" for the usual ones.
         client_cert, client_key: PEM files by which this side proves itself to engines (CKPT_CLIENT_CERT, CKPT_CLIENT_KEY).
+        nics: which NICs to read weights through (CKPT_NICS), in the syntax of NCCL_IB_HCA; "" where that, or none, decides.
+        nccl_ib_hca: which RDMA devices collectives use (NCCL_IB_HCA): these are read through too, unless `nics` says otherwise.
     """
 
     socket_root: Path
@@ -167,6 +169,8 @@ class Environment:
     ca_file: str = ""
     client_cert: str = ""
     client_key: str = ""
+    nics: str = ""
+    nccl_ib_hca: str = ""
 
     @classmethod
     def read(cls) -> Environment:
@@ -185,6 +189,8 @@ class Environment:
             ca_file=os.environ.get("CKPT_CA_FILE", ""),
             client_cert=os.environ.get("CKPT_CLIENT_CERT", ""),
             client_key=os.environ.get("CKPT_CLIENT_KEY", ""),
+            nics=os.environ.get("CKPT_NICS", ""),
+            nccl_ib_hca=os.environ.get("NCCL_IB_HCA", ""),
         )
 
 

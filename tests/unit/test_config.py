@@ -72,7 +72,8 @@ def test_a_stale_cache_must_be_accepted(mode):
 # -- environment -------------------------------------------------------------------------------------------------
 @pytest.fixture
 def clean(monkeypatch):
-    for name in ("CKPT_SOCKET_DIR", "CKPT_SHM_DIR", "CKPT_LOG_LEVEL", "CKPT_BEARER_TOKEN", "XDG_RUNTIME_DIR"):
+    names = ("CKPT_SOCKET_DIR", "CKPT_SHM_DIR", "CKPT_LOG_LEVEL", "CKPT_BEARER_TOKEN", "XDG_RUNTIME_DIR")
+    for name in (*names, "CKPT_NICS", "NCCL_IB_HCA"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -101,6 +102,13 @@ def test_variables_are_taken(clean, tmp_path):
         "hush",
     )
     assert "hush" not in repr(read)
+
+
+def test_nics_are_chosen_by_two_variables(clean):
+    assert (Environment.read().nics, Environment.read().nccl_ib_hca) == ("", "")
+    clean.setenv("CKPT_NICS", "=mlx5_0:1")
+    clean.setenv("NCCL_IB_HCA", "^mlx5_bond")
+    assert (Environment.read().nics, Environment.read().nccl_ib_hca) == ("=mlx5_0:1", "^mlx5_bond")
 
 
 def test_the_runtime_directory_is_used_where_it_can_be(clean, tmp_path):
