@@ -28,6 +28,7 @@ from ckpt_core.files import own_directory
 from ckpt_core.in_flight import FATE_IN, InFlight
 
 _FLUSH_RETRY_S = 0.2
+_LAST_WORDS_S = 0.5  # what ranks said before their engine's attach call came back may still be on its way
 _PAUSE_CAPABILITY = {
     PauseMode.ABORT: Capability.PAUSE_ABORT,
     PauseMode.WAIT: Capability.PAUSE_WAIT,
@@ -47,6 +48,7 @@ class Member:
         paused_here: this update paused it, so this update resumes it.
         requests: in flight when this update paused it; None where not told.
         attached: the blocking attach call.
+        left_at: when it was first seen to have come back (`time.monotonic()`).
     """
 
     endpoint: Endpoint
@@ -55,6 +57,7 @@ class Member:
     paused_here: bool = False
     requests: int | None = None
     attached: Future[None] | None = None
+    left_at: float | None = None
 
     @property
     def world_size(self) -> int:
@@ -209,14 +212,19 @@ class Fleet:
     def attach(self, rendezvous: Callable[[int], Rendezvous]) -> None:
         """Start the blocking attach call of every member."""
         for index, member in enumerate(self.members):
+            member.left_at = None
             member.attached = _in_thread(
                 partial(member.plugin.hook.ckpt_attach, endpoint=member.endpoint, rendezvous=rendezvous(index))
             )
 
     def check_attached(self) -> None:
-        """Raise where an attach call came back although the update is not over."""
+        """Raise where an attach call came back although the update is not over, and no rank says why in time."""
+        now = time.monotonic()
         for member in self.members:
-            if member.attached is not None and member.attached.done():
+            if member.attached is None or not member.attached.done():
+                continue
+            member.left_at = member.left_at or now
+            if now - member.left_at >= _LAST_WORDS_S:
                 member.attached.result()
                 raise EngineError(f"{member.endpoint} left the update before its end; look into its log")
 
