@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ckpt_core.look_report import EngineLook, LookReport
     from ckpt_core.manifest import Manifest
     from ckpt_core.metrics import UpdateReport
+    from ckpt_core.p2p.peers import Peers
     from ckpt_core.source import open_checkpoint
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Manifest",
     "Outcome",
     "PauseMode",
+    "Peers",
     "Reading",
     "Target",
     "Undo",
@@ -46,6 +48,7 @@ _HOME = {
     "Manifest": "manifest",
     "Outcome": "errors",
     "PauseMode": "contract",
+    "Peers": "p2p.peers",
     "Reading": "config",
     "Target": "api",
     "UpdateAborted": "errors",

@@ -24,6 +24,7 @@ from ckpt_core.devices import device_of
 from ckpt_core.errors import CkptError, PeerLost, PlanError, TransferTimeout, TransportError
 from ckpt_core.failure import failure_message
 from ckpt_core.manifest import Manifest
+from ckpt_core.p2p.remote_source import RemoteSource
 from ckpt_core.pipeline import Outgoing, send
 from ckpt_core.plan import Plan
 from ckpt_core.polling import Poller
@@ -94,6 +95,7 @@ class Agent:
         self._relay: Relay | None = None
         self._neighbours: Neighbours | None = None
         self._slots: Slots | None = None
+        self._remote: RemoteSource | None = None  # where the bytes are in memory of other hosts
         self._handlers: dict[type[wire.Message], Callable[..., wire.AnyMessage | None]] = {
             wire.Prepare: self._prepare,
             wire.OpenRing: self._open_ring,
@@ -121,6 +123,7 @@ class Agent:
             pass  # it came in the middle of something
         finally:
             self._close_ring(None)
+            self._let_go_of_remote()
             self._pool.close()
 
     def _next(self) -> wire.AnyMessage:
@@ -160,6 +163,9 @@ class Agent:
         index = message.index
         if message.holds is not None:
             index = as_here(only(index, frozenset(message.holds)))
+        self._let_go_of_remote()
+        if index.remote is not None:
+            self._remote = RemoteSource(index, self._device, agent=self._config.index, agents=self._config.count)
         locked_bytes, lock_s = self._pool.adopt(index)
         same = known is not None and self._pool.layout is before and message.holds is None
         self._manifest = manifest = known if known is not None and same else Manifest.from_index(message.index)
@@ -252,7 +258,9 @@ class Agent:
         tracks = ProcessTracks(f"agent {self._config.index}", TrackKind.AGENT, wanted=message.trace)
         if message.trace:
             tracks.timer = writer.trace()
-        if self._relay is None or self._neighbours is None or self._slots is None:
+        if self._remote is not None:
+            stats = self._remote.fetch(self._outgoing.steps, writer=writer, poller=poller, spans=tracks.spans)
+        elif self._relay is None or self._neighbours is None or self._slots is None:
             stats = send(self._outgoing, writer=writer, poller=poller, spans=tracks.spans)
         else:
             assert self._manifest is not None
@@ -282,7 +290,14 @@ class Agent:
         if writer is not None:
             writer.close()
         self._let_go_of_slots()  # not before the ring: its device may still copy out of them
+        if self._remote is not None:
+            self._remote.free()
         return wire.RingClosed()
+
+    def _let_go_of_remote(self) -> None:
+        remote, self._remote = self._remote, None
+        if remote is not None:
+            remote.close()
 
     def _let_go_of_slots(self) -> None:
         slots, self._slots = self._slots, None

@@ -36,6 +36,7 @@ from ckpt_core.journal import note
 from ckpt_core.look_report import LookReport
 from ckpt_core.looks import Looks
 from ckpt_core.metrics import UpdateReport
+from ckpt_core.p2p.peers import Peers
 from ckpt_core.recovery import recover
 from ckpt_core.session import OnProgress, Session
 from ckpt_core.shm import private_directory, remove_directory
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    Checkpoint = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, torch.Tensor]
+    Checkpoint = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, torch.Tensor] | Peers
 
 __all__ = ["Cluster", "Target", "Updater", "update"]
 
@@ -141,7 +142,7 @@ class Updater:
         """Move all engines to a checkpoint.
 
         Args:
-            checkpoint: a safetensors directory, file or list of files, or named tensors.
+            checkpoint: a safetensors directory, file or list of files, named tensors, or peers to read it from.
             version: label to publish it under; by default the start of its content digest.
 
         Raises:
@@ -150,7 +151,7 @@ class Updater:
         """
         with self._index(checkpoint) as index, self._locked():
             self._fleet.check_options(self._config)
-            return self._move(self._fleet, index, version, self._config)
+            return self._move(self._fleet, index, version, self._config.for_source(remote=index.remote is not None))
 
     def rollback(self, version: str = "") -> UpdateReport:
         """Move all engines back to a version that is still warm.
@@ -371,7 +372,7 @@ class Updater:
     @contextmanager
     def _index(self, checkpoint: Checkpoint) -> Iterator[SourceIndex]:
         if not isinstance(checkpoint, Mapping):
-            yield open_checkpoint(checkpoint)
+            yield checkpoint.index() if isinstance(checkpoint, Peers) else open_checkpoint(checkpoint)
             return
         on_gpu = checkpoint and all(getattr(tensor, "is_cuda", False) for tensor in checkpoint.values())
         if on_gpu and self._cluster is None:  # parts of what is on a GPU cannot be packed for other hosts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -132,6 +132,20 @@ class UpdateConfig:
         """Bytes of ring and bucket on such a device."""
         ring_bytes = self.ring_bytes or _RING_BYTES[kind]
         return ring_bytes, min(self.bucket_bytes or ring_bytes // 4, ring_bytes)
+
+    def for_source(self, *, remote: bool) -> UpdateConfig:
+        """For bytes of other hosts: agents prove them on arrival by digests of the version, so ranks have nothing to compare with.
+
+        Raises:
+            ConfigError: ranks were to compare.
+        """
+        if not remote:
+            return self
+        if self.verify in {VerifyLevel.ARRIVAL, VerifyLevel.LIVE}:
+            raise ConfigError(
+                f"verify={self.verify.name}: what is read from other hosts is compared by agents only; use AUTO"
+            )
+        return replace(self, verify=VerifyLevel.NONE)
 
     @property
     def level(self) -> VerifyLevel:

@@ -47,9 +47,12 @@ class Content:
         self.structure = Manifest.from_index(self.index)
         if known is not None and known.plan.structure_digest == self.structure.structure_digest:
             self.parts = known.parts if self._compares else None
-        self.pool = self._asked(digest=self.config.digest_content, parts=self.parts or NO_PARTS)
+        remote = self.index.remote
+        self.pool = self._asked(digest=self.config.digest_content and remote is None, parts=self.parts or NO_PARTS)
         self._digests = self.pool.parts if self.parts is not None else None
-        self.manifest = self.structure.with_digests(self.pool.digests)
+        names = (extent.name for extent in self.index.extents)
+        told = dict(zip(names, remote.digests, strict=True)) if remote is not None else self.pool.digests
+        self.manifest = self.structure.with_digests(told)
 
     @property
     def digest(self) -> str:

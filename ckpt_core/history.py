@@ -109,7 +109,7 @@ class History:
         """
         if content.manifest.has_content:
             self._check_label(version, content.manifest)
-            if not content.index.regions:
+            if content.index.in_files:
                 self.pool.keep(content.index, content.manifest, version)
         self._write_begin(update_id, endpoints, content, version)
 
@@ -144,7 +144,7 @@ class History:
             self.store.commit_update(update_id, engines)
         self._supersede({record.url for record in engines})
         try:
-            if config.copy_to_pool and content.manifest.has_content and not content.index.regions:
+            if config.copy_to_pool and content.manifest.has_content and content.index.in_files:
                 self.pool.store_copy(content.index, content.manifest, engines[0].version)
             self.pool.evict(config.keep_versions, config.pool_bytes or _NO_LIMIT, self.store.digests_in_use())
         except CkptError as error:

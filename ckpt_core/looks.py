@@ -48,7 +48,7 @@ class Looks:
     def adopt(self, index: SourceIndex, name: str, *, copy: bool) -> LookReport:
         """See Updater.adopt."""
         start = time.perf_counter()
-        if index.regions:
+        if not index.in_files:
             raise ConfigError(
                 "expected a checkpoint in files to adopt, got tensors on a GPU; write them to files first"
             )

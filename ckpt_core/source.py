@@ -124,17 +124,59 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteOwner:
+    """A process, normally of another host, whose memory holds all tensors of a version and may be read.
+
+    Attributes:
+        name: for messages and reports.
+        library: which library of one-sided reads reaches it; see transport.p2p.base.Library.
+        contact: how.
+        addresses: of each tensor in that process, in order of the index's extents.
+    """
+
+    name: str
+    library: str
+    contact: str
+    addresses: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemotePools:
+    """Where the bytes of a version are when no file of this host has them.
+
+    Attributes:
+        owners: all of them hold all of it.
+        digests: content digest of each tensor, in order of the index's extents.
+        leaves: xxh3-64 of every leaf (see leaf_digest) of every tensor, in that order, 8 bytes each, little-endian.
+        host: address of this host, as owners reach it.
+        max_bytes_per_s: what this host reads in all; 0 for no limit.
+    """
+
+    owners: tuple[RemoteOwner, ...]
+    digests: tuple[str, ...]
+    leaves: bytes
+    host: str = "127.0.0.1"
+    max_bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceIndex:
-    """A checkpoint: files, device memory, and the extent of each tensor in them, sorted by name."""
+    """A checkpoint: files, device memory, or memory of other hosts, and the extent of each tensor in them, sorted by name."""
 
     files: tuple[SourceFile, ...]
     extents: tuple[Extent, ...]
     regions: tuple[DeviceRegion, ...] = ()
+    remote: RemotePools | None = None
 
     @classmethod
     def of(cls, files: Iterable[SourceFile], extents: Iterable[Extent]) -> SourceIndex:
         """Of files, and extents in any order."""
         return cls(files=tuple(files), extents=tuple(sorted(extents, key=lambda extent: extent.name)))
+
+    @property
+    def in_files(self) -> bool:
+        """Whether all of it is in files of this host: it can stay warm there."""
+        return not self.regions and self.remote is None
 
     @property
     def size_bytes(self) -> int:

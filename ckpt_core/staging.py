@@ -188,6 +188,11 @@ class HostPool:
         blocks = [_rows_in(within, replace(rows, first_byte=rows.first_byte - first)) for rows in rows_of(runs)]
         return blocks[0].reshape(-1) if len(blocks) == 1 else np.concatenate([block.reshape(-1) for block in blocks])
 
+    @property
+    def files(self) -> tuple[HostBytes, ...]:
+        """The bytes of each file."""
+        return tuple(file.array for file in self._files)
+
     def _read(self, file: int, first: int, size: int) -> HostBytes:
         data = self._bytes(file, first, size)
         return self._device.read(data) if isinstance(data, DevicePart) else data

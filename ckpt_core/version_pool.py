@@ -217,10 +217,8 @@ class VersionPool:
                 self._reclaim()
 
     def _check(self, index: SourceIndex, manifest: Manifest) -> None:
-        if index.regions:
-            raise ManifestError(
-                "expected a version in files, got one in device memory, which ends with its process; stage it"
-            )
+        if not index.in_files:
+            raise ManifestError("expected a version in files, got one in memory that ends with its process; stage it")
         if len(index.extents) != len(manifest.tensors) or any(
             (extent.name, extent.dtype, extent.shape) != (meta.name, meta.dtype, meta.shape)
             for meta, extent in pairs(index, manifest)

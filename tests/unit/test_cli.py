@@ -17,7 +17,9 @@ OPTIONS = {
     "cluster": ["--address", "DIRECTORY"],
     "demo": ["--cache", "--generated"],
     "engines": ["--json"],
+    "export": ["--host", "--library", "--out", "--rdma", "--version", "CHECKPOINT"],
     "inspect": ["--digest/--no-digest", "--json", "--tensors", "CHECKPOINT"],
+    "join": ["--endpoint", "--engine", "--from", "--host", "--json", "--max-rate"],
     "limits": ["--json", "--seconds"],
     "plan": [
         "--agents",

@@ -53,7 +53,6 @@ LINE = (
     "polling",
     "uncollected",
     "numa",
-    "p2p",
     "device_spans",
     "device",
     "cpu",
@@ -69,6 +68,7 @@ LINE = (
     "transport",
     "pipeline",
     "relaying",
+    "p2p",
     "leaf_kernel",
     "checksum",
     "device_digest",
@@ -132,6 +132,7 @@ LINE = (
     "cli_options",
     "cli_versions",
     "cli_looks",
+    "cli_p2p",
     "cli",
 )
 LAYERS = (*FOUNDATION, *LINE)

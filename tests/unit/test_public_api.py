@@ -13,6 +13,7 @@ PUBLIC = [
     "Manifest",
     "Outcome",
     "PauseMode",
+    "Peers",
     "Reading",
     "Target",
     "Undo",
