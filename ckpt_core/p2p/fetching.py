@@ -123,7 +123,7 @@ class Fetch:
 
     def _collect(self) -> bool:
         on_way, self._on_way = self._on_way, []
-        now, moved = time.monotonic(), False
+        moved = False
         for chunk in on_way:
             try:
                 arrived = chunk.arrived()
@@ -137,7 +137,8 @@ class Fetch:
                 self._owners.ended(chunk.owner, chunk.size_bytes, None)
                 self._todo.extendleft(chunk.bucket.take(chunk))
             moved = True
-        return self._give_up([chunk for chunk in self._on_way if now - chunk.began > self._stalled_s]) or moved
+        silent = [chunk for chunk in self._on_way if self._owners.silent_s(chunk.owner, chunk.began) > self._stalled_s]
+        return self._give_up(silent) or moved
 
     def _give_up(self, stalled: Sequence[Chunk]) -> bool:
         """Their owners are not asked again, and their buckets begin anew elsewhere."""

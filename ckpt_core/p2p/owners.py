@@ -7,6 +7,7 @@ fewer others, gives more, without anybody knowing rates.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -20,11 +21,12 @@ _WINDOW_BYTES = 16 << 20
 
 @dataclass(slots=True, kw_only=True)
 class _Owner:
-    """One of them; `peer` is its name in the library."""
+    """One of them; `peer` is its name in the library, `heard_at` the time of its last bytes."""
 
     remote: RemoteOwner
     peer: str = ""
     on_way_bytes: int = 0
+    heard_at: float = 0.0
     got_bytes: int = 0
     lost: str = ""
 
@@ -94,8 +96,13 @@ class Owners:
         owner.on_way_bytes -= size_bytes
         if error is None:
             owner.got_bytes += size_bytes
+            owner.heard_at = time.monotonic()
         else:
             self._lose(owner, error)
+
+    def silent_s(self, name: str, since: float) -> float:
+        """For how long nothing came from an owner that was asked then (`time.monotonic()`)."""
+        return time.monotonic() - max(since, self._named(name).heard_at)
 
     def _named(self, name: str) -> _Owner:
         return next(owner for owner in self._owners if owner.remote.name == name)

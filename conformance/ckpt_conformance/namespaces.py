@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +65,16 @@ class NetHosts:
 
     Args:
         count: how many.
-        mbit_s: rate of each link, each way.
+        mbit_s: rate of each link, each way; one for all, or one for each.
 
     Attributes:
         hosts: by number.
         gateway: address of this process on their network.
     """
 
-    def __init__(self, count: int, *, mbit_s: int) -> None:
-        self._count = count
-        self._mbit_s = mbit_s
+    def __init__(self, count: int, *, mbit_s: int | Sequence[int]) -> None:
+        self._rates = [mbit_s] * count if isinstance(mbit_s, int) else list(mbit_s)
+        assert len(self._rates) == count
         self._stack = ExitStack()
         self.hosts: tuple[NetHost, ...] = ()
         self.gateway = ""
@@ -89,7 +90,8 @@ class NetHosts:
             _ip("addr", "add", f"{self.gateway}/24", "dev", bridge)
             _ip("link", "set", bridge, "up")
             self.hosts = tuple(
-                self._add(f"ck{tag}-{number}", f"{subnet}.{number + 1}", bridge) for number in range(self._count)
+                self._add(f"ck{tag}-{number}", f"{subnet}.{number + 1}", bridge, rate)
+                for number, rate in enumerate(self._rates)
             )
             self._stack = self._stack.pop_all()
         return self
@@ -99,7 +101,7 @@ class NetHosts:
     ) -> None:
         self._stack.close()
 
-    def _add(self, name: str, address: str, bridge: str) -> NetHost:
+    def _add(self, name: str, address: str, bridge: str, mbit_s: int) -> NetHost:
         link = f"{name}l"
         _ip("netns", "add", name)
         self._stack.callback(_ip, "netns", "del", name)
@@ -108,8 +110,8 @@ class NetHosts:
         _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
         _ip("-n", name, "link", "set", "lo", "up")
-        _limit(("tc",), link, self._mbit_s)
-        _limit(("tc", "-n", name), "eth0", self._mbit_s)
+        _limit(("tc",), link, mbit_s)
+        _limit(("tc", "-n", name), "eth0", mbit_s)
         return NetHost(name=name, address=address, link=link)
 
 

@@ -14,7 +14,9 @@ from ckpt_core.transport.p2p.base import Library, Memory, OneSided, Pending, Rea
 
 MODULES = ("nixl._api", "nixl_cu13._api", "nixl_cu12._api")  # by wheel
 _BACKEND = "UCX"
-_PROGRESS_EVERY_US = 200  # where others read: without it the library's thread spins on a core of its own, measured at 97 %
+_PROGRESS_EVERY_US = (
+    200  # where others read: without it the library's thread spins on a core of its own, measured at 97 %
+)
 _HOST, _GPU = "DRAM", "VRAM"
 _DONE, _FAILED = "DONE", "ERR"
 
