@@ -3,8 +3,8 @@
     python benchmarks/p2p_join.py --json results.json
 
 Owners and joiners are network namespaces of this machine (root and iproute2 needed); owners run `ckpt export`, joiners the
-reference engine with two ranks and `ckpt join`, all as processes of their own. Owners' links are the narrow ones. NIXL is kept to TCP
-(UCX_TLS): between namespaces of one machine it would find shared memory.
+reference engine with two ranks and `ckpt join`, all as processes of their own. Owners' links are the narrow ones. NIXL is kept
+to TCP (UCX_TLS): between namespaces of one machine it would find shared memory.
 
 The bound is that of `p2p.assignment` for these links at their nominal rate, headers not counted; seconds are those of the slowest
 join's transfer, from the first word to the agents to the last bucket that the ranks read.

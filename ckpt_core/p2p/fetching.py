@@ -60,6 +60,7 @@ class Fetch:
         self._todo: deque[Chunk] = deque()
         self._on_way: list[Chunk] = []
         self._stray: list[Chunk] = []  # given up: kept, so that nobody frees what they land in
+        self._granted: Chunk | None = None  # by the limit, for when it may be asked for
         self._not_before = 0.0
         self._copy_s = self._idle_s = 0.0
 
@@ -106,20 +107,24 @@ class Fetch:
 
     def _ask(self) -> bool:
         asked = False
-        while self._todo and time.monotonic() >= self._not_before:
+        while self._todo:
             chunk = self._todo[0]
             name = chunk.whom(self._owners)
-            if name is None:
+            if name is None or not self._may_ask(chunk):
                 break
             self._todo.popleft()
             asked = True
-            if self._limit is not None:
-                self._not_before = time.monotonic() + self._limit.take(chunk.size_bytes)
             if chunk.ask(name, self._owners):
                 self._on_way.append(chunk)
             else:
                 self._todo.appendleft(chunk)
         return asked
+
+    def _may_ask(self, chunk: Chunk) -> bool:
+        if self._limit is not None and chunk is not self._granted:
+            self._granted = chunk
+            self._not_before = time.monotonic() + self._limit.take(chunk.size_bytes)
+        return time.monotonic() >= self._not_before
 
     def _collect(self) -> bool:
         on_way, self._on_way = self._on_way, []
