@@ -4,12 +4,12 @@
 #   .ci/parts.sh PART...
 #
 # A failing part does not keep the others from running, except the first, the set-up. Exit status 1 where any failed.
-# PART_TIMEOUT bounds each part (30m).
+# PART_TIMEOUT bounds each part (45m).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly TIMED_OUT=124
-timeout=${PART_TIMEOUT:-30m}
+timeout=${PART_TIMEOUT:-45m}
 rows=()
 failed=0
 began_s=$SECONDS

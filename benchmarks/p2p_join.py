@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -40,12 +41,12 @@ from ckpt_core.transport.p2p.base import Library
 
 OWNER_MBIT_S = 300
 JOINER_MBIT_S = 2000
-MODEL = {"hidden": 768, "heads": 12, "kv_heads": 12, "head_dim": 64, "intermediate": 3072}
+MODEL = {"hidden": 1024, "heads": 16, "kv_heads": 16, "head_dim": 64, "intermediate": 4096}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way: a list has one place per repeat."""
+    """One way: a list has one place per repeat. `read_share`: bytes read by those needed; whole leaves are read."""
 
     library: str
     owners: int
@@ -54,6 +55,7 @@ class Row:
     mb_s: float
     bound_mb_s: float
     share_of_bound: float
+    read_share: float
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write results here")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12, help="19 MB each")
+    parser.add_argument("--layers", type=int, default=7, help="34 MB each")
     parser.add_argument("--library", type=Library, action="append", help="default: both")
     options = parser.parse_args()
     if why := refusal():
@@ -94,7 +96,9 @@ def measure(  # noqa: PLR0917
             (host, stack.enter_context(ReferenceServer(model, tp=2, load_format="dummy", prefix=host.prefix)).url)
             for host in hosts[owners:]
         ]
-        seconds = [max(join(here, offers, scratch)) for _ in range(repeats + 1)][1:]
+        joins = [join(here, offers, scratch) for _ in range(repeats + 1)][1:]
+    seconds = [max(report["stages"]["transfer"] for report in reports) for reports in joins]
+    read_bytes = [sum(agent["network_in_bytes"] for agent in report["agents"]) for report in joins[-1]]
     best = bound(owners, joiners, size_bytes)
     took = statistics.median(seconds)
     return Row(
@@ -105,6 +109,7 @@ def measure(  # noqa: PLR0917
         mb_s=joiners * size_bytes / took / 1e6,
         bound_mb_s=joiners * size_bytes / best / 1e6,
         share_of_bound=best / took,
+        read_share=max(read_bytes) / size_bytes,
     )
 
 
@@ -126,8 +131,8 @@ def export(stack: ExitStack, host: NetHost, model: Path, library: Library, out: 
     return out
 
 
-def join(here: Sequence[tuple[NetHost, str]], offers: Sequence[Path], scratch: Path) -> list[float]:
-    """All at once; seconds of each one's transfer."""
+def join(here: Sequence[tuple[NetHost, str]], offers: Sequence[Path], scratch: Path) -> list[dict[str, Any]]:
+    """All at once; the report of each."""
     runs = []
     for host, url in here:
         report = scratch / f"{host.name}-report.json"
@@ -139,7 +144,7 @@ def join(here: Sequence[tuple[NetHost, str]], offers: Sequence[Path], scratch: P
         runs.append((report, subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)))
     for _, process in runs:
         assert process.wait(300) == 0
-    return [json.loads(report.read_bytes())["stages"]["transfer"] for report, _ in runs]
+    return [json.loads(report.read_bytes()) for report, _ in runs]
 
 
 def bound(owners: int, joiners: int, size_bytes: int) -> float:
@@ -159,7 +164,16 @@ def table(rows: Sequence[Row], size_bytes: int) -> Table:
     made = Table(
         title=f"{size_bytes / 1e6:.0f} MB, owners' links {OWNER_MBIT_S} Mbit/s, joiners' {JOINER_MBIT_S} Mbit/s"
     )
-    for name in ("library", "owners", "joiners", "transfer s", "MB/s in all", "bound MB/s", "share of bound"):
+    for name in (
+        "library",
+        "owners",
+        "joiners",
+        "transfer s",
+        "MB/s in all",
+        "bound MB/s",
+        "share of bound",
+        "read/needed",
+    ):
         made.add_column(name, justify="right")
     for row in rows:
         made.add_row(
@@ -170,6 +184,7 @@ def table(rows: Sequence[Row], size_bytes: int) -> Table:
             f"{row.mb_s:.1f}",
             f"{row.bound_mb_s:.1f}",
             f"{row.share_of_bound:.1%}",
+            f"{row.read_share:.3f}",
         )
     return made
 
