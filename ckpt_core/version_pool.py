@@ -218,7 +218,9 @@ class VersionPool:
 
     def _check(self, index: SourceIndex, manifest: Manifest) -> None:
         if not index.in_files:
-            raise ManifestError("expected a version in files, got one in memory that ends with its process; stage it")
+            raise ManifestError(
+                "expected a version in files, got one in device memory or on other hosts, which ends with its process; stage it"
+            )
         if len(index.extents) != len(manifest.tensors) or any(
             (extent.name, extent.dtype, extent.shape) != (meta.name, meta.dtype, meta.shape)
             for meta, extent in pairs(index, manifest)
