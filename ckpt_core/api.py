@@ -143,7 +143,7 @@ class Updater:
 
         Args:
             checkpoint: a safetensors directory, file or list of files, named tensors, or peers to read it from.
-            version: label to publish it under; by default the start of its content digest.
+            version: label to publish it under; by default that of the peers, or the start of its content digest.
 
         Raises:
             CkptError: bad input, found before anything was touched.

@@ -76,5 +76,5 @@ def join(  # noqa: PLR0917 (options by position are never given)
         raise ConfigError("no peers; give --from FILE at least once")
     peers = Peers(offers=tuple(offers), host=host, max_bytes_per_s=max_rate * 1e9)
     with progress_bar() as on_progress, Updater(targets_of(engine, endpoint), on_progress=on_progress) as updater:
-        report = updater.update(peers, version=peers.version)
+        report = updater.update(peers)
     show(json, report.to_json(), render.report_tables(report))

@@ -59,6 +59,12 @@ class Content:
         """That the version is bound to."""
         return version_digest(self.manifest)
 
+    @property
+    def label(self) -> str:
+        """To publish it under where nobody chose one: that of the peers it is read from, or the start of its digest."""
+        remote = self.index.remote
+        return remote.version if remote is not None else self.digest.removeprefix("structure-")[:12]
+
     def take_plan(self, plan: FleetPlan, layouts: Sequence[Layout]) -> None:
         """All agreed on this new plan; by rank: what each takes."""
         if not self._compares:

@@ -146,7 +146,7 @@ class Session:
         with self._watch.stage(Stage.PREPARE):
             self._follow(Stage.PREPARE, self.content.index.size_bytes, {})
             self.content.prepare(self._known_plan)
-        self.version = self.version or self.content.digest.removeprefix("structure-")[:12]
+        self.version = self.version or self.content.label
 
     def _open_rings(self) -> Rings:
         """Before the pause: a device's memory is asked for while engines still serve."""

@@ -146,6 +146,7 @@ class RemotePools:
 
     Attributes:
         owners: all of them hold all of it.
+        version: the label under which they have it.
         digests: content digest of each tensor, in order of the index's extents.
         leaves: xxh3-64 of every leaf (see leaf_digest) of every tensor, in that order, 8 bytes each, little-endian.
         host: address of this host, as owners reach it.
@@ -153,6 +154,7 @@ class RemotePools:
     """
 
     owners: tuple[RemoteOwner, ...]
+    version: str
     digests: tuple[str, ...]
     leaves: bytes
     host: str = "127.0.0.1"

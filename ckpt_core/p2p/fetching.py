@@ -97,13 +97,11 @@ class Fetch:
     def _begin(self) -> bool:
         begun = self._begun
         while self._begun < len(self._steps) and self._free:
-            self._start(IncomingBucket(self._steps[self._begun], self._free.pop(), self._leaves))
+            bucket = IncomingBucket(self._steps[self._begun], self._free.pop(), self._leaves)
+            self._buckets.append(bucket)
+            self._todo.extend(bucket.chunks())
             self._begun += 1
         return self._begun > begun
-
-    def _start(self, bucket: IncomingBucket) -> None:
-        self._buckets.append(bucket)
-        self._todo.extend(bucket.chunks())
 
     def _ask(self) -> bool:
         asked = False

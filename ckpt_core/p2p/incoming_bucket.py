@@ -18,7 +18,6 @@ from ckpt_core.source import Extent
 from ckpt_core.transport.p2p.base import Pending
 
 CHUNK_BYTES = 1 << 22  # large enough to be cheap, small enough that owners share a tensor
-_WORD_BYTES = 8
 _log = logging.getLogger(__name__)
 
 

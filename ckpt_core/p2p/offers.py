@@ -136,6 +136,7 @@ def index_of(offers: Sequence[Offer], *, host: str, max_bytes_per_s: float = 0.0
         extents=tuple(map(_extent, first.manifest().tensors)),
         remote=RemotePools(
             owners=tuple(map(_owner, offers)),
+            version=first.version,
             digests=tuple(one.digest for one in first.tensors),
             leaves=b"".join(map(_leaves, first.tensors)),
             host=host,

@@ -33,9 +33,3 @@ class Peers:
         """
         offers = [offer if isinstance(offer, Offer) else read_offer(Path(offer)) for offer in self.offers]
         return index_of(offers, host=self.host, max_bytes_per_s=self.max_bytes_per_s)
-
-    @property
-    def version(self) -> str:
-        """The label under which the first owner has it."""
-        first = self.offers[0]
-        return (first if isinstance(first, Offer) else read_offer(Path(first))).version
