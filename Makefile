@@ -27,8 +27,8 @@ BIN := $(VENV)/bin
 PARTS := lint types unit property integration conformance faults \
 	venv-vllm engines-vllm conformance-vllm venv-sglang engines-sglang conformance-sglang engines-both
 # suites that need an engine or a GPU have targets of their own
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) -m "not engines and not gpu and not gpu2" $(PYTEST_FLAGS)
-ENGINE_PYTEST := python -m pytest -m engines $(PYTEST_FLAGS) tests/engines
+PYTEST := $(BIN)/python -m pytest --durations=15 -n $(WORKERS) -m "not engines and not gpu and not gpu2" $(PYTEST_FLAGS)
+ENGINE_PYTEST := python -m pytest --durations=15 -m engines $(PYTEST_FLAGS) tests/engines
 
 # pip and the model libraries keep caches under HOME; where there is none to write to, they go into the checkout
 ifneq ($(shell test -n "$$HOME" -a -w "$$HOME" && echo writable),writable)
@@ -59,7 +59,7 @@ demo: venv ## update the weights of two running engines, on this machine
 
 .PHONY: test
 test: ## every test; prints the minutes of each part
-	@.ci/parts.sh venv $(PARTS)
+	@PREPARE="venv-vllm venv-sglang" .ci/parts.sh venv $(PARTS)
 
 .PHONY: lint
 lint: venv ## ruff

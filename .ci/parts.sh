@@ -4,7 +4,8 @@
 #   .ci/parts.sh PART...
 #
 # A failing part does not keep the others from running, except the first, the set-up. Exit status 1 where any failed.
-# PART_TIMEOUT bounds each part (45m).
+# PART_TIMEOUT bounds each part (45m). PREPARE names parts that begin in the background after the first: set-up which later
+# parts need. Their turn comes as well, waits for them, and tells what failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,6 +34,12 @@ print_table() {
     printf '%-18s %8s\n' total "$(minutes $((SECONDS - began_s)))"
 }
 
+prepare() {
+    [[ -n ${PREPARE:-} ]] || return 0
+    mkdir -p .cache
+    nice -n 10 "${MAKE:-make}" --no-print-directory $PREPARE &>.cache/prepare.log </dev/null &
+}
+
 trap 'rows+=("$part|-|interrupted"); print_table; exit 130' INT TERM
 
 for part in "$@"; do
@@ -42,9 +49,11 @@ for part in "$@"; do
     timeout --foreground --kill-after=30s "$timeout" "${MAKE:-make}" --no-print-directory "$part"
     status=$?
     rows+=("$part|$(minutes $((SECONDS - part_began_s)))|$(verdict $status)")
-    ((status == 0)) && continue
-    failed=1
-    [[ $part == "$1" ]] && break
+    if ((status != 0)); then
+        failed=1
+        [[ $part == "$1" ]] && break
+    fi
+    [[ $part != "$1" ]] || prepare
 done
 print_table
 exit $failed

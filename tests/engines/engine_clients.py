@@ -160,7 +160,7 @@ class SglangClient(Client):
         "--sleep-on-idle",
     )
     long_answers: ClassVar[Mapping[int, int]] = {1: 1000, 2: 150}
-    starts_at_once = 1
+    starts_at_once = 2
     path = "/generate"
     resume_path = "/continue_generation"
 

@@ -39,6 +39,9 @@ def main() -> int:
         results = {case: future.result() for case, future in futures.items()}
     table.show(results, console)
     wrong = [case.name for case, result in results.items() if result.violations]
+    for result in results.values():
+        if result.violations:  # again: where output is cut, its end is kept
+            console.print("\n    ".join([f"{result.case.name}: {result}", *result.violations]), markup=False)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     console.print(f"{(usage.ru_utime + usage.ru_stime) / 60:.1f} minutes of one core")
     console.print(
