@@ -59,7 +59,7 @@ class Fetch:
         self._copying: deque[IncomingBucket] = deque()
         self._todo: deque[Chunk] = deque()
         self._on_way: list[Chunk] = []
-        self._stray: list[Chunk] = []  # given up: kept, so that nobody frees what they land in
+        self._stray: list[Chunk] = []  # given up: they may still land
         self._granted: Chunk | None = None  # by the limit, for when it may be asked for
         self._not_before = 0.0
         self._copy_s = self._idle_s = 0.0
@@ -84,6 +84,11 @@ class Fetch:
             total_s=time.perf_counter() - start,
             network_in_bytes=sum(self._owners.got_bytes.values()),
         )
+
+    def may_still_land(self) -> bool:
+        """Whether bytes that were given up may still be written into slots."""
+        self._stray = [chunk for chunk in self._stray if not _ended(chunk)]
+        return bool(self._stray or self._on_way)
 
     def _turn(self) -> bool:
         """Do all that can be done now. Whether that was anything."""
@@ -138,23 +143,27 @@ class Fetch:
                     self._on_way.append(chunk)
                     continue
                 self._owners.ended(chunk.owner, chunk.size_bytes, None)
-                self._todo.extendleft(chunk.bucket.take(chunk))
+                self._todo.extendleft(reversed(chunk.bucket.take(chunk)))
             moved = True
         silent = [chunk for chunk in self._on_way if self._owners.silent_s(chunk.owner, chunk.began) > self._stalled_s]
         return self._give_up(silent) or moved
 
     def _give_up(self, stalled: Sequence[Chunk]) -> bool:
         """Their owners are not asked again, and their buckets begin anew elsewhere."""
-        for chunk in stalled:
-            error = TransferTimeout(f"no bytes within {self._stalled_s:g} s")
-            self._owners.ended(chunk.owner, chunk.size_bytes, error)
-        for bucket in {id(chunk.bucket): chunk.bucket for chunk in stalled}.values():
-            self._stray += [chunk for chunk in self._on_way if chunk.bucket is bucket]
-            self._on_way = [chunk for chunk in self._on_way if chunk.bucket is not bucket]
-            self._todo = deque(chunk for chunk in self._todo if chunk.bucket is not bucket)
+        buckets = {id(chunk.bucket): chunk.bucket for chunk in stalled}
+        for chunk in [chunk for chunk in self._on_way if id(chunk.bucket) in buckets]:
+            self._on_way.remove(chunk)
+            self._stray.append(chunk)
+            if chunk in stalled:
+                error = TransferTimeout(f"no bytes within {self._stalled_s:g} s")
+                self._owners.ended(chunk.owner, chunk.size_bytes, error)
+            else:
+                self._owners.dropped(chunk.owner, chunk.size_bytes)
+        self._todo = deque(chunk for chunk in self._todo if id(chunk.bucket) not in buckets)
+        for bucket in reversed(buckets.values()):
             fresh = IncomingBucket(bucket.step, self._spare(), self._leaves)
             self._buckets[self._buckets.index(bucket)] = fresh
-            self._todo.extendleft(fresh.chunks())
+            self._todo.extendleft(reversed([*fresh.chunks()]))
         return bool(stalled)
 
     def _fill(self) -> bool:
@@ -169,3 +178,10 @@ class Fetch:
             self._copying.append(bucket)
             self._filled += 1
         return self._filled > filled
+
+
+def _ended(chunk: Chunk) -> bool:
+    try:
+        return chunk.arrived()
+    except PeerLost:
+        return True

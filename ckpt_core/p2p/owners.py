@@ -100,6 +100,10 @@ class Owners:
         else:
             self._lose(owner, error)
 
+    def dropped(self, name: str, size_bytes: int) -> None:
+        """A read is waited for no more, through no fault of its owner."""
+        self._named(name).on_way_bytes -= size_bytes
+
     def silent_s(self, name: str, since: float) -> float:
         """For how long nothing came from an owner that was asked then (`time.monotonic()`)."""
         return time.monotonic() - max(since, self._named(name).heard_at)

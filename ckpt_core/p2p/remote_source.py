@@ -43,13 +43,15 @@ class RemoteSource:
         self._rate = remote.max_bytes_per_s / agents
         self._library = open_library(Library(remote.owners[0].library), host=remote.host)
         self._slots: list[tuple[Slots, Memory]] = []
+        self._stranded: list[Slots] = []  # what a silent owner may still write to: freed when the library is closed
+        self._fetch: Fetch | None = None
 
     def fetch(
         self, steps: Sequence[Step], *, writer: RingWriter, poller: Poller, spans: SpanRecorder | None
     ) -> AgentStats:
         """See Fetch."""
         room = max((slot_bytes(covers_of(step, self._leaves.extents)) for step in steps), default=0)
-        return Fetch(
+        self._fetch = Fetch(
             self._leaves,
             steps,
             owners=Owners(self._library, self._remote.owners, first=self._agent),
@@ -58,7 +60,8 @@ class RemoteSource:
             writer=writer,
             limit=TokenBucket(self._rate, burst_bytes=CHUNK_BYTES) if self._rate else None,
             spans=spans,
-        ).run(poller)
+        )
+        return self._fetch.run(poller)
 
     def _room(self, count: int, size_bytes: int) -> list[HostBytes]:
         if not size_bytes:
@@ -71,8 +74,12 @@ class RemoteSource:
 
     def free(self) -> None:
         """Give the slots back, when the ring is. Idempotent."""
+        stranded = self._fetch is not None and self._fetch.may_still_land()
         while self._slots:
             slots, memory = self._slots.pop()
+            if stranded:
+                self._stranded.append(slots)
+                continue
             self._library.withdraw(memory)
             slots.close()
 
@@ -80,3 +87,5 @@ class RemoteSource:
         """End all. Idempotent."""
         self.free()
         self._library.close()
+        while self._stranded:
+            self._stranded.pop().close()

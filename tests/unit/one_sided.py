@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,12 +20,14 @@ class Fault:
         flips: one bit of every read.
         stalls: reads neither come nor fail.
         slow: looks at a read until it is there.
+        takes_s: how long a read is on its way.
     """
 
     dies_after: int | None = None
     flips: bool = False
     stalls: bool = False
     slow: int = 0
+    takes_s: float = 0.0
 
 
 class FakeOneSided(OneSided):
@@ -76,12 +79,13 @@ class _Arriving(Pending):
     def __init__(self, fault: Fault, owner: str, reads: Sequence[Read]) -> None:
         self._fault, self._owner, self._reads = fault, owner, reads
         self._looks = fault.slow
+        self._there_at = time.monotonic() + fault.takes_s
 
     def arrived(self) -> bool:
         if self._fault.dies_after == 0:
             raise PeerLost(f"{self._owner} is gone")
         self._looks -= 1
-        if self._fault.stalls or self._looks >= 0:
+        if self._fault.stalls or self._looks >= 0 or time.monotonic() < self._there_at:
             return False
         for read in self._reads:
             ctypes.memmove(read.local, read.remote, read.size_bytes)

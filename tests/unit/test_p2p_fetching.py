@@ -75,13 +75,16 @@ def join(version):
     """Reads the version from owners with these faults; what was filled in, and the library."""
     index, pool = version
 
-    def join(faults, *, limit=None, stalled_s=5.0, timeout_s=20.0, slots=3):
+    def join(faults, *, limit=None, stalled_s=5.0, timeout_s=20.0, slots=3, bucket_bytes=300 * KIB):
         library = FakeOneSided(faults)
         with ExitStack() as stack:
             offers = [stack.enter_context(exported(index, FakeOneSided(contact=name), owner=name)) for name in faults]
             remote = index_of(offers, host="127.0.0.1")
             manifest = Manifest.from_index(remote)
-            plan = make_plan(manifest, [whole_layout(manifest)], agents=1, ring_bytes=1 << 20, bucket_bytes=300 * KIB)
+            ring = max(1 << 20, bucket_bytes)
+            plan = make_plan(
+                manifest, [whole_layout(manifest)], agents=1, ring_bytes=ring, bucket_bytes=bucket_bytes
+            )
             room = max(slot_bytes(covers_of(step, remote.extents)) for step in plan.steps)
 
             def slot():
@@ -127,6 +130,14 @@ def test_all_owners_give_their_share(join, count):
 def test_one_owner_fails_and_the_others_give_all(join, fault):
     _, got = join({"good": Fault(slow=1), "bad": fault, "fine": Fault(slow=3)}, stalled_s=0.3)
     assert got["good"] > 0
+
+
+def test_an_owner_is_asked_again_when_its_bucket_was_begun_anew(join, monkeypatch):
+    """What it still has to deliver to a bucket that nobody waits for does not count against it."""
+    monkeypatch.setattr("ckpt_core.p2p.owners._WINDOW_BYTES", 1)  # one chunk at a time
+    faults = {"silent": Fault(stalls=True), "slow": Fault(takes_s=0.3)}
+    _, got = join(faults, stalled_s=1.0, slots=1, bucket_bytes=16 << 20)
+    assert got["slow"] >= sum(SIZES)
 
 
 def test_an_owner_whose_bytes_are_wrong_is_told_from_those_that_are_right(join):
