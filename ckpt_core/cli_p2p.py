@@ -1,80 +1,172 @@
-"""Commands of engines that join: export, join."""
+"""Commands of engines that join: serve, export, owners, join."""
 
 from __future__ import annotations
 
 import signal
-import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from ckpt_core import render
 from ckpt_core.api import Updater
 from ckpt_core.cli_options import (
     OUT,
-    CheckpointArgument,
     EndpointOption,
     EngineOption,
     JsonOption,
+    indented,
     progress_bar,
     show,
     targets_of,
     writable,
 )
+from ckpt_core.config import Environment
+from ckpt_core.directory_client import DirectoryClient
 from ckpt_core.errors import ConfigError
-from ckpt_core.p2p.exporting import exported
-from ckpt_core.p2p.offers import write_offer
+from ckpt_core.history import History
+from ckpt_core.joining import join as join_fleet
+from ckpt_core.lease import Lease
+from ckpt_core.owning import Owner
+from ckpt_core.p2p.offers import Offer, write_offer
 from ckpt_core.p2p.peers import Peers
 from ckpt_core.source import open_checkpoint
 from ckpt_core.transport.p2p.base import Library
-from ckpt_core.transport.p2p.choice import choose, open_library
 
 app = typer.Typer()
+_LOOK_EVERY_S = 0.5
 HostOption = Annotated[str, typer.Option(help="Address of this host, as the others reach it.")]
+DirectoryOption = Annotated[str, typer.Option(help="URL of `ckpt serve`.")]
+
+
+@app.command()
+def serve(
+    listen: Annotated[str, typer.Option(help="host:port.")] = "127.0.0.1:7780",
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate; with it, https.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
+) -> None:
+    """Run the directory: who offers which version, and what the fleet of this host's controller runs."""
+    try:
+        from ckpt_core.serving import serve_directory
+    except ImportError as error:
+        raise ConfigError(f"`ckpt serve` needs more packages ({error}); pip install 'ckpt-core[server]'") from error
+    serve_directory(
+        listen, tls_cert=tls_cert, tls_key=tls_key, announce=lambda url: OUT.print(f"directory: {url}", soft_wrap=True)
+    )
 
 
 @app.command()
 def export(  # noqa: PLR0917 (options by position are never given)
-    checkpoint: CheckpointArgument,
-    out: Annotated[Path, typer.Option(callback=writable, help="JSON file for those who join.")],
     host: HostOption,
+    checkpoint: Annotated[Path | None, typer.Argument(help="Safetensors directory or file.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Offer every version that is warm on this host.")] = False,
+    out: Annotated[Path | None, typer.Option(callback=writable, help="JSON file for those who join.")] = None,
+    directory: DirectoryOption = "",
     version: Annotated[str, typer.Option(help="Label; by default the start of the content digest.")] = "",
+    name: Annotated[str, typer.Option(help="Of this owner; tells several of one host apart.")] = "",
     library: Annotated[Library | None, typer.Option(help="That moves the bytes; by default what is installed.")] = None,
     rdma: Annotated[list[str] | None, typer.Option(help="RDMA device to use. Repeatable.")] = None,
+    max_rate: Annotated[float, typer.Option(min=0.0, help="That each joining host may read, GB/s; 0: no limit.")] = 0.0,
+    lease_s: Annotated[float, typer.Option(min=0.5, help="Gone when the directory hears nothing so long.")] = 10.0,
 ) -> None:
-    """Let engines that join read a checkpoint out of this host's memory, until this command is ended."""
+    """Let engines that join read versions out of this host's memory, until this command is ended."""
+    if (checkpoint is None) != follow:
+        raise ConfigError("what is offered? name a checkpoint, or give --follow")
+    if not directory and (out is None or follow):
+        raise ConfigError("who is told? give --directory URL, or --out FILE for one checkpoint")
+    ended = _until_told()
+    with ExitStack() as stack:
+        owner = stack.enter_context(
+            Owner(host=host, name=name, library=library, rdma=rdma or (), max_bytes_per_s=max_rate * 1e9)
+        )
+        if directory:
+            client = stack.enter_context(DirectoryClient(directory))
+            owner.lease = stack.enter_context(
+                Lease(client, name=owner.name, address=f"{host}/{owner.name}", lease_s=lease_s)
+            )
+        if checkpoint is not None:
+            _say(owner.publish(open_checkpoint(checkpoint), version=version), owner, out)
+            ended.wait()
+        else:
+            _follow(owner, ended)
+
+
+def _say(offer: Offer, owner: Owner, out: Path | None) -> None:
+    if out is not None:
+        write_offer(offer, out)
+    where = str(out) if out is not None else "the directory knows"
+    OUT.print(
+        f"version {escape(offer.version)} ({offer.digest}) is offered over {owner.library.value}: {escape(where)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _follow(owner: Owner, ended: threading.Event) -> None:
+    history = History.of(Environment.read())
+    OUT.print(f"warm versions are offered over {owner.library.value}", highlight=False)
+    while not ended.wait(_LOOK_EVERY_S) and not (owner.lease is not None and owner.lease.replaced):
+        owner.follow(history)
+    history.close()
+
+
+def _until_told() -> threading.Event:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    opened = open_library(choose(library), host=host, rdma=rdma or (), serves=True)
-    owner = f"{socket.gethostname()}:{out.name}"
-    with exported(open_checkpoint(checkpoint), opened, owner=owner, version=version) as offer:
-        write_offer(offer, out)
-        OUT.print(
-            f"version {escape(offer.version)} ({offer.digest}) is offered over {opened.library.value}: {escape(str(out))}",
-            soft_wrap=True,
-            highlight=False,
-        )
-        ended.wait()
-    opened.close()
+    return ended
+
+
+@app.command()
+def owners(directory: DirectoryOption, json: JsonOption = None) -> None:
+    """Show who offers which version."""
+    with DirectoryClient(directory) as client:
+        rows = client.owners()
+    table = Table(title="owners")
+    for column in ("name", "address", "versions"):
+        table.add_column(column)
+    for row in rows:
+        versions = ", ".join(f"{label} ({digest[:12]})" for digest, label in row.versions.items())
+        table.add_row(escape(row.entry.name), escape(row.entry.address), escape(versions))
+    show(json, indented(rows), [table])
 
 
 @app.command()
 def join(  # noqa: PLR0917 (options by position are never given)
     endpoint: EndpointOption,
-    offers: Annotated[list[Path], typer.Option("--from", help="File that `ckpt export` wrote. Repeatable.")],
+    offers: Annotated[
+        list[Path] | None, typer.Option("--from", help="File that `ckpt export` wrote. Repeatable.")
+    ] = None,
+    directory: DirectoryOption = "",
+    version: Annotated[str, typer.Option(help="By default what the fleet runs; with --directory.")] = "",
     engine: EngineOption = "",
     host: HostOption = "127.0.0.1",
     max_rate: Annotated[float, typer.Option(min=0.0, help="What is read in all, GB/s; 0: no limit.")] = 0.0,
+    wait_s: Annotated[float, typer.Option(min=0.0, help="For owners, and for an update of the fleet.")] = 600.0,
     json: JsonOption = None,
 ) -> None:
     """Bring engines to the version that peers have, read out of their memory by one-sided reads."""
-    if not offers:
-        raise ConfigError("no peers; give --from FILE at least once")
-    peers = Peers(offers=tuple(offers), host=host, max_bytes_per_s=max_rate * 1e9)
-    with progress_bar() as on_progress, Updater(targets_of(engine, endpoint), on_progress=on_progress) as updater:
-        report = updater.update(peers)
+    if bool(offers) == bool(directory) or (version and not directory):
+        raise ConfigError("from whom? give --from FILE at least once, or --directory URL, with or without --version")
+    targets = targets_of(engine, endpoint)
+    with progress_bar() as on_progress:
+        if offers:
+            peers = Peers(offers=tuple(offers), host=host, max_bytes_per_s=max_rate * 1e9)
+            with Updater(targets, on_progress=on_progress) as updater:
+                report = updater.update(peers)
+        else:
+            with DirectoryClient(directory) as client:
+                report = join_fleet(
+                    targets,
+                    client,
+                    version=version,
+                    host=host,
+                    max_bytes_per_s=max_rate * 1e9,
+                    within_s=wait_s,
+                    on_progress=on_progress,
+                )
     show(json, report.to_json(), render.report_tables(report))

@@ -168,6 +168,7 @@ class Environment:
         state_root: where versions, engines and updates are remembered (CKPT_STATE_DIR, else the user's state directory); None
             where there is none.
         bearer_token: for HTTP calls to engines (CKPT_BEARER_TOKEN).
+        directory_token: for HTTP calls to the directory, and of it (CKPT_DIRECTORY_TOKEN).
         ca_file: PEM bundle of those who may sign certificates of engines (CKPT_CA_FILE); "" for the usual ones.
         client_cert, client_key: PEM files by which this side proves itself to engines (CKPT_CLIENT_CERT, CKPT_CLIENT_KEY).
         nics: which NICs to read weights through (CKPT_NICS), in the syntax of NCCL_IB_HCA; "" where that, or none, decides.
@@ -180,6 +181,7 @@ class Environment:
     cache_root: Path | None = None
     state_root: Path | None = None
     bearer_token: str = field(default="", repr=False)
+    directory_token: str = field(default="", repr=False)
     ca_file: str = ""
     client_cert: str = ""
     client_key: str = ""
@@ -200,6 +202,7 @@ class Environment:
             cache_root=_cache_root(),
             state_root=_state_root(),
             bearer_token=os.environ.get("CKPT_BEARER_TOKEN", ""),
+            directory_token=os.environ.get("CKPT_DIRECTORY_TOKEN", ""),
             ca_file=os.environ.get("CKPT_CA_FILE", ""),
             client_cert=os.environ.get("CKPT_CLIENT_CERT", ""),
             client_key=os.environ.get("CKPT_CLIENT_KEY", ""),

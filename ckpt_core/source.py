@@ -132,12 +132,31 @@ class RemoteOwner:
         library: which library of one-sided reads reaches it; see transport.p2p.base.Library.
         contact: how.
         addresses: of each tensor in that process, in order of the index's extents.
+        max_bytes_per_s: that this host may read of it; 0 for no limit.
+        share: of all bytes, that it should give: see p2p.read_plan; who owns none of it is asked where others fail.
     """
 
     name: str
     library: str
     contact: str
     addresses: tuple[int, ...]
+    max_bytes_per_s: float = 0.0
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadTime:
+    """What reading a version from its owners should take.
+
+    Attributes:
+        seconds: of the busiest lane.
+        bound_s: what no assignment can beat.
+        lanes: that make it so.
+    """
+
+    seconds: float
+    bound_s: float
+    lanes: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +170,8 @@ class RemotePools:
         leaves: xxh3-64 of every leaf (see leaf_digest) of every tensor, in that order, 8 bytes each, little-endian.
         host: address of this host, as owners reach it.
         max_bytes_per_s: what this host reads in all; 0 for no limit.
+        rdma: names of its RDMA devices to read through; TCP where there are none.
+        expected: where the rates of lanes are known.
     """
 
     owners: tuple[RemoteOwner, ...]
@@ -159,6 +180,8 @@ class RemotePools:
     leaves: bytes
     host: str = "127.0.0.1"
     max_bytes_per_s: float = 0.0
+    rdma: tuple[str, ...] = ()
+    expected: ReadTime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ import msgspec
 
 from ckpt_core.errors import ConfigError, ManifestError, Outcome
 from ckpt_core.store_file import StoreFile
+from ckpt_core.store_owners import OwnerTable
 from ckpt_core.store_records import EngineRecord, UpdateEndpoint, UpdateRecord, VersionRecord
 from ckpt_core.store_rows import outcomes_json, update_of, version_of, version_row
 
@@ -30,6 +31,7 @@ class Store:
 
     Attributes:
         identity: of this store, made with it.
+        owners: whose memory those who join may read.
     """
 
     def __init__(self, directory: Path, *, timeout_s: float = _BUSY_TIMEOUT_S) -> None:
@@ -44,6 +46,7 @@ class Store:
         """
         self._file = StoreFile(Path(directory) / STORE_FILE, timeout_s=timeout_s)
         self.identity: str = self._file.rows("SELECT identity FROM store")[0][0]
+        self.owners = OwnerTable(self._file)
 
     def __enter__(self) -> Store:
         return self

@@ -15,8 +15,7 @@ from typing import Any
 from ckpt_core.errors import ConfigError
 from ckpt_core.owned import locked, own_directory
 
-SCHEMA_VERSION = 1
-_SCHEMA = (
+_FIRST = (
     "CREATE TABLE store (identity TEXT NOT NULL)",
     "CREATE TABLE versions (digest TEXT PRIMARY KEY, label TEXT NOT NULL, size_bytes INTEGER NOT NULL,"
     " tensors INTEGER NOT NULL, manifest BLOB NOT NULL, source TEXT NOT NULL, created_at REAL NOT NULL,"
@@ -28,6 +27,17 @@ _SCHEMA = (
     " ended_at REAL, outcomes TEXT NOT NULL, record TEXT NOT NULL)",
     "CREATE INDEX updates_in_flight ON updates (number) WHERE ended_at IS NULL",
 )
+_OWNERS = (
+    "CREATE TABLE owners (instance TEXT PRIMARY KEY, address TEXT NOT NULL UNIQUE, entry TEXT NOT NULL,"
+    " expires_at REAL NOT NULL)",
+    "CREATE TABLE offers (number INTEGER PRIMARY KEY, instance TEXT NOT NULL REFERENCES owners (instance)"
+    " ON DELETE CASCADE, digest TEXT NOT NULL, label TEXT NOT NULL, offer BLOB NOT NULL, UNIQUE (instance, digest))",
+    "CREATE TABLE membership (epoch INTEGER NOT NULL)",
+    "INSERT INTO membership VALUES (0)",
+)
+# what each release of the schema added: a file of an older one gets the rest
+_STEPS = (_FIRST, _OWNERS)
+SCHEMA_VERSION = len(_STEPS)
 
 
 class StoreFile:
@@ -149,11 +159,12 @@ def _make_schema(connection: sqlite3.Connection, path: Path) -> None:
         )
     if found == SCHEMA_VERSION:
         return
-    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+    if not found and connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
         raise ConfigError(f"store {str(path)!r}: expected a store, got another database; name another directory")
     connection.execute("BEGIN IMMEDIATE")
-    for statement in _SCHEMA:
+    for statement in (statement for step in _STEPS[found:] for statement in step):
         connection.execute(statement)
-    connection.execute("INSERT INTO store VALUES (?)", (secrets.token_hex(16),))
+    if not found:
+        connection.execute("INSERT INTO store VALUES (?)", (secrets.token_hex(16),))
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # part of the transaction: it stands in the header
     connection.execute("COMMIT")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -11,14 +11,23 @@ from ckpt_core.cpu import CpuDevice
 from ckpt_core.errors import ConfigError
 from ckpt_core.leaf_digest import leaves_of
 from ckpt_core.manifest import Manifest, content_digest
-from ckpt_core.p2p.offers import Offer, OfferedTensor
+from ckpt_core.p2p.nics import Nic, NicKind
+from ckpt_core.p2p.offers import Offer, OfferedNic, OfferedTensor
 from ckpt_core.source import Extent, SourceIndex
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.p2p.base import Memory, OneSided
 
 
 @contextmanager
-def exported(index: SourceIndex, library: OneSided, *, owner: str, version: str = "") -> Iterator[Offer]:
+def exported(
+    index: SourceIndex,
+    library: OneSided,
+    *,
+    owner: str,
+    version: str = "",
+    nics: Sequence[Nic] = (),
+    max_bytes_per_s: float = 0.0,
+) -> Iterator[Offer]:
     """Expose a version's files as long as the block runs.
 
     Args:
@@ -26,6 +35,8 @@ def exported(index: SourceIndex, library: OneSided, *, owner: str, version: str 
         library: open in this process.
         owner: name of this process, for messages of those who read.
         version: label; by default the start of the content digest.
+        nics: through which this host is read.
+        max_bytes_per_s: that each host which joins may read of it; 0 for no limit.
 
     Raises:
         ConfigError: the version is not in files.
@@ -50,6 +61,9 @@ def exported(index: SourceIndex, library: OneSided, *, owner: str, version: str 
             version=version or digest[:12],
             digest=digest,
             tensors=tensors,
+            nics=tuple(OfferedNic(name=nic.name, bytes_per_s=nic.bytes_per_s or 0.0) for nic in nics),
+            rdma=any(nic.kind is NicKind.RDMA for nic in nics),
+            max_bytes_per_s=max_bytes_per_s,
         )
 
 

@@ -12,12 +12,11 @@ from ckpt_core.device import DevicePart, HostBytes
 from ckpt_core.errors import VerificationError
 from ckpt_core.leaf_digest import Digests, leaf_count
 from ckpt_core.p2p.covers import Cover, covers_of
-from ckpt_core.p2p.owners import Owners
+from ckpt_core.p2p.owners import CHUNK_BYTES, Owners
 from ckpt_core.plan import Step
 from ckpt_core.source import Extent
 from ckpt_core.transport.p2p.base import Pending
 
-CHUNK_BYTES = 1 << 22  # large enough to be cheap, small enough that owners share a tensor
 _log = logging.getLogger(__name__)
 
 

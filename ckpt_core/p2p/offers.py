@@ -38,6 +38,13 @@ class OfferedTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     leaves: bytes
 
 
+class OfferedNic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A NIC of an owner; `bytes_per_s` is its nominal rate, 0 where the system does not tell."""
+
+    name: str
+    bytes_per_s: float = 0.0
+
+
 class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One version in one owner's memory.
 
@@ -46,6 +53,9 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         library, contact: how it is read.
         version, digest: label, and what it is bound to.
         tensors: sorted by name.
+        nics: through which it is read.
+        rdma: whether these are RDMA devices, and used as such.
+        max_bytes_per_s: that each host which joins may read of it; 0 for no limit.
     """
 
     format: int = FORMAT
@@ -55,6 +65,9 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     version: str
     digest: str
     tensors: tuple[OfferedTensor, ...]
+    nics: tuple[OfferedNic, ...] = ()
+    rdma: bool = False
+    max_bytes_per_s: float = 0.0
 
     def manifest(self) -> Manifest:
         """Of the version.
@@ -157,6 +170,7 @@ def _owner(offer: Offer) -> RemoteOwner:
         library=offer.library.value,
         contact=offer.contact,
         addresses=tuple(one.address for one in offer.tensors),
+        max_bytes_per_s=offer.max_bytes_per_s,
     )
 
 

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt_core.config import Environment
+from ckpt_core.p2p.nics import discover
 from ckpt_core.p2p.offers import Offer, index_of, read_offer
+from ckpt_core.p2p.read_plan import planned
 from ckpt_core.source import SourceIndex
 
 
@@ -26,10 +29,12 @@ class Peers:
     max_bytes_per_s: float = 0.0
 
     def index(self) -> SourceIndex:
-        """The version.
+        """The version, and what each owner should give of it, by the NICs of all.
 
         Raises:
-            ConfigError, ManifestError, VerificationError: see offers.
+            ConfigError, ManifestError, VerificationError: see offers; or CKPT_NICS names none that is here.
         """
         offers = [offer if isinstance(offer, Offer) else read_offer(Path(offer)) for offer in self.offers]
-        return index_of(offers, host=self.host, max_bytes_per_s=self.max_bytes_per_s)
+        index = index_of(offers, host=self.host, max_bytes_per_s=self.max_bytes_per_s)
+        environment = Environment.read()
+        return planned(index, offers, discover(own=environment.nics, nccl=environment.nccl_ib_hca))

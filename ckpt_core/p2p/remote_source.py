@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ckpt_core.device import Device, HostBytes
 from ckpt_core.p2p.covers import covers_of, slot_bytes
 from ckpt_core.p2p.fetching import Fetch
-from ckpt_core.p2p.incoming_bucket import CHUNK_BYTES, Leaves
-from ckpt_core.p2p.owners import Owners
+from ckpt_core.p2p.incoming_bucket import Leaves
+from ckpt_core.p2p.owners import CHUNK_BYTES, Owners
 from ckpt_core.p2p.rate import TokenBucket
 from ckpt_core.plan import Step
 from ckpt_core.polling import Poller
@@ -38,10 +38,10 @@ class RemoteSource:
     def __init__(self, index: SourceIndex, device: Device, *, agent: int, agents: int) -> None:
         assert index.remote is not None
         remote = self._remote = index.remote
-        self._device, self._agent = device, agent
+        self._device, self._agent, self._agents = device, agent, agents
         self._leaves = Leaves(index.extents, remote.leaves)
         self._rate = remote.max_bytes_per_s / agents
-        self._library = open_library(Library(remote.owners[0].library), host=remote.host)
+        self._library = open_library(Library(remote.owners[0].library), host=remote.host, rdma=remote.rdma)
         self._slots: list[tuple[Slots, Memory]] = []
         self._stranded: list[Slots] = []  # what a silent owner may still write to: freed when the library is closed
         self._fetch: Fetch | None = None
@@ -54,7 +54,7 @@ class RemoteSource:
         self._fetch = Fetch(
             self._leaves,
             steps,
-            owners=Owners(self._library, self._remote.owners, first=self._agent),
+            owners=Owners(self._library, self._remote.owners, first=self._agent, readers=self._agents),
             slots=self._room(_SLOTS, room),
             spare=lambda: self._room(1, room)[0],
             writer=writer,

@@ -22,9 +22,9 @@ from ckpt_core.manifest import Manifest
 from ckpt_core.p2p.covers import covers_of, slot_bytes
 from ckpt_core.p2p.exporting import exported
 from ckpt_core.p2p.fetching import Fetch
-from ckpt_core.p2p.incoming_bucket import CHUNK_BYTES, Leaves
+from ckpt_core.p2p.incoming_bucket import Leaves
 from ckpt_core.p2p.offers import index_of, read_offer, write_offer
-from ckpt_core.p2p.owners import Owners
+from ckpt_core.p2p.owners import CHUNK_BYTES, Owners
 from ckpt_core.p2p.rate import TokenBucket
 from ckpt_core.plan import make_plan
 from ckpt_core.polling import Poller
@@ -82,9 +82,7 @@ def join(version):
             remote = index_of(offers, host="127.0.0.1")
             manifest = Manifest.from_index(remote)
             ring = max(1 << 20, bucket_bytes)
-            plan = make_plan(
-                manifest, [whole_layout(manifest)], agents=1, ring_bytes=ring, bucket_bytes=bucket_bytes
-            )
+            plan = make_plan(manifest, [whole_layout(manifest)], agents=1, ring_bytes=ring, bucket_bytes=bucket_bytes)
             room = max(slot_bytes(covers_of(step, remote.extents)) for step in plan.steps)
 
             def slot():

@@ -113,7 +113,7 @@ def change(path, statement):
 def test_a_newer_schema_is_refused(tmp_path):
     Store(tmp_path).close()
     change(tmp_path / STORE_FILE, "PRAGMA user_version = 99")
-    with pytest.raises(ConfigError, match="expected schema 1 or older, got 99: a later release made it"):
+    with pytest.raises(ConfigError, match="expected schema 2 or older, got 99: a later release made it"):
         Store(tmp_path)
 
 
