@@ -21,14 +21,11 @@ from ckpt_core.channel import Hub
 from ckpt_core.cluster_agents import ClusterAgents
 from ckpt_core.config import Environment, Undo, UpdateConfig
 from ckpt_core.conversation import Conversation
-from ckpt_core.cost import predict
 from ckpt_core.device_source import export_tensors
 from ckpt_core.endpoint import EndpointOptions
 from ckpt_core.errors import CkptError, Outcome, UpdateAborted
 from ckpt_core.expected import Expected
 from ckpt_core.fleet import EndpointLocks, Fleet
-from ckpt_core.fleet_plan import FleetPlan
-from ckpt_core.flows import predict_fleet
 from ckpt_core.going_back import go_back
 from ckpt_core.history import History
 from ckpt_core.insist import insist
@@ -37,6 +34,7 @@ from ckpt_core.look_report import LookReport
 from ckpt_core.looks import Looks
 from ckpt_core.metrics import UpdateReport
 from ckpt_core.p2p.peers import Peers
+from ckpt_core.prediction import prediction_of
 from ckpt_core.recovery import recover
 from ckpt_core.session import OnProgress, Session
 from ckpt_core.shm import private_directory, remove_directory
@@ -252,7 +250,7 @@ class Updater:
             raise
         self._known_plan = session.known_plan
         self._record(session)
-        return self._with_prediction(report, session.plan)
+        return replace(report, predicted=prediction_of(session, lambda: self._limits))
 
     def _record(self, session: Session) -> None:
         insist(lambda: self.history.committed(session.update_id, session.engine_records, session.content, self._config))
@@ -311,14 +309,6 @@ class Updater:
             member.endpoint.url: self.history.ran(member.endpoint.url, member.instance_id)
             for member in self._fleet.members
         }
-
-    def _with_prediction(self, report: UpdateReport, plan: FleetPlan | None) -> UpdateReport:
-        """What it should have taken on this machine, or these; worked out when the engines serve again."""
-        if plan is None:
-            return report
-        if plan.routed is not None:
-            return replace(report, predicted=predict_fleet(plan, self._limits)) if plan.rates_known else report
-        return report if self._limits is None else replace(report, predicted=predict(plan.plans[0], self._limits))
 
     @cached_property
     def _limits(self) -> machine_limits.Limits | None:

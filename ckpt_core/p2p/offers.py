@@ -148,7 +148,7 @@ def index_of(offers: Sequence[Offer], *, host: str, max_bytes_per_s: float = 0.0
         files=(),
         extents=tuple(map(_extent, first.manifest().tensors)),
         remote=RemotePools(
-            owners=tuple(map(_owner, offers)),
+            owners=tuple(map(_owner, offers, _different([offer.owner for offer in offers]))),
             version=first.version,
             digests=tuple(one.digest for one in first.tensors),
             leaves=b"".join(map(_leaves, first.tensors)),
@@ -164,9 +164,14 @@ def _extent(meta: TensorMeta) -> Extent:
     )
 
 
-def _owner(offer: Offer) -> RemoteOwner:
+def _different(names: Sequence[str]) -> list[str]:
+    """Hosts may call themselves the same."""
+    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
+
+
+def _owner(offer: Offer, name: str) -> RemoteOwner:
     return RemoteOwner(
-        name=offer.owner,
+        name=name,
         library=offer.library.value,
         contact=offer.contact,
         addresses=tuple(one.address for one in offer.tensors),

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ckpt_core.cost import Prediction
 from ckpt_core.p2p.assignment import Assignment, assign_reads
 from ckpt_core.p2p.fleet import Fleet, NicLane, Owner, Receiver
 from ckpt_core.p2p.nics import Nic, NicKind
@@ -35,6 +36,16 @@ def planned(index: SourceIndex, offers: Sequence[Offer], nics: Sequence[Nic]) ->
     rdma = tuple(nic.name for nic in nics if nic.kind is NicKind.RDMA and all(offer.rdma for offer in offers))
     remote = replace(index.remote, owners=tuple(owners), rdma=rdma, expected=_time(assignment, index.remote))
     return replace(index, remote=remote)
+
+
+def expected_of(remote: RemotePools) -> Prediction | None:
+    """As reports have it; None where a rate that nobody tells would decide."""
+    time = remote.expected
+    if time is None:
+        return None
+    return Prediction(
+        seconds=time.seconds, lower_bound_s=time.bound_s, bottleneck=time.lanes, busy_s={time.lanes: time.bound_s}
+    )
 
 
 def _fleet(index: SourceIndex, offers: Sequence[Offer], nics: Sequence[Nic]) -> Fleet:

@@ -131,6 +131,7 @@ LINE = (
     "targets",
     "staged",
     "session",
+    "prediction",
     "journal",
     "going_back",
     "recovery",

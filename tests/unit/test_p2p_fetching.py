@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # modules beside this file, in a
 from one_sided import FakeOneSided, Fault
 
 from ckpt_core.cpu import CpuDevice
-from ckpt_core.errors import ConfigError, PeerLost, TransferTimeout, VerificationError
+from ckpt_core.errors import ConfigError, ManifestError, PeerLost, TransferTimeout, VerificationError
 from ckpt_core.layout import whole_layout
 from ckpt_core.leaf_digest import LEAF_BYTES
 from ckpt_core.manifest import Manifest
@@ -29,6 +29,7 @@ from ckpt_core.p2p.rate import TokenBucket
 from ckpt_core.plan import make_plan
 from ckpt_core.polling import Poller
 from ckpt_core.pool_file import stage_tensors
+from ckpt_core.source import RemoteOwner
 from ckpt_core.staging import HostPool
 from ckpt_core.transport.p2p.base import Memory
 
@@ -187,7 +188,7 @@ def test_a_damaged_file_is_refused(offer, tmp_path, damage, error):
     path = tmp_path / "offer.json"
     write_offer(offer, path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises((ConfigError, Exception), match=error):
+    with pytest.raises((ConfigError, ManifestError), match=error):
         read_offer(path)
 
 
@@ -205,3 +206,42 @@ def test_an_owner_is_named_once(offer):
         index_of([offer, offer], host="h")
     with pytest.raises(ConfigError, match="no offers"):
         index_of([], host="h")
+
+
+def test_owners_of_one_name_are_told_apart(offer, version):
+    with exported(version[0], FakeOneSided(contact="b"), owner="one") as other:
+        names = [owner.name for owner in index_of([offer, other], host="h").remote.owners]
+    assert names == ["one (0)", "one (1)"]
+
+
+# -- whom to ask -------------------------------------------------------------------------------------------------------
+def owners_of(*remotes, **options):
+    library = FakeOneSided({remote.contact: Fault() for remote in remotes})
+    room = np.zeros(CHUNK_BYTES, dtype=np.uint8)
+    library.expose(Memory(address=room.ctypes.data, size_bytes=room.size))
+    made = Owners(library, remotes, **options)
+    return made, lambda name: made.read(name, 0, 0, room.ctypes.data, CHUNK_BYTES)
+
+
+def remote_owner(name, **options):
+    return RemoteOwner(name=name, library="nixl", contact=name, addresses=(0,), **options)
+
+
+def test_whoever_should_give_more_is_asked_more():
+    owners, read = owners_of(remote_owner("much", share=0.75), remote_owner("little", share=0.25))
+    asked = []
+    while (name := owners.next(())) is not None:
+        asked.append(name)
+        read(name)
+    assert asked[:4].count("much") == 3
+    assert asked.count("little") == asked.count("much"), "as long as both keep up, windows decide"
+
+
+def test_an_owner_is_not_asked_faster_than_it_wants():
+    limited, free = remote_owner("limited", max_bytes_per_s=1e6), remote_owner("free")
+    owners, read = owners_of(limited, free, readers=2)
+    assert owners.next((), only="limited") == "limited"
+    read("limited")
+    read("limited")
+    assert owners.next((), only="limited") is None
+    assert owners.next(()) == "free"

@@ -5,7 +5,7 @@ import pytest
 from ckpt_core.dtypes import DType
 from ckpt_core.p2p.nics import LinkLayer, Nic, NicKind, Port
 from ckpt_core.p2p.offers import Offer, OfferedNic
-from ckpt_core.p2p.read_plan import planned
+from ckpt_core.p2p.read_plan import expected_of, planned
 from ckpt_core.source import Extent, RemoteOwner, RemotePools, SourceIndex
 from ckpt_core.transport.p2p.base import Library
 
@@ -54,6 +54,7 @@ def test_owners_give_by_the_rates_of_their_nics():
     assert remote.expected.bound_s == pytest.approx(SIZE_BYTES / 4e8)
     assert remote.expected.seconds == pytest.approx(remote.expected.bound_s, rel=0.02)
     assert "n0" in remote.expected.lanes
+    assert expected_of(remote).lower_bound_s == remote.expected.bound_s
 
 
 def test_a_max_rate_of_an_owner_counts():
@@ -74,6 +75,7 @@ def test_this_hosts_nic_or_its_max_rate_may_be_what_limits():
 def test_rates_that_nobody_tells_say_nothing_and_share_evenly():
     remote = plan([offer([0.0]), offer([])], [nic(gbit_s=None)])
     assert remote.expected is None
+    assert expected_of(remote) is None
     assert shares(remote) == pytest.approx([0.5, 0.5], abs=0.01)
 
 
