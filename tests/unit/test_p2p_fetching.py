@@ -82,9 +82,7 @@ def join(version):
             remote = index_of(offers, host="127.0.0.1")
             manifest = Manifest.from_index(remote)
             ring = max(1 << 20, bucket_bytes)
-            plan = make_plan(
-                manifest, [whole_layout(manifest)], agents=1, ring_bytes=ring, bucket_bytes=bucket_bytes
-            )
+            plan = make_plan(manifest, [whole_layout(manifest)], agents=1, ring_bytes=ring, bucket_bytes=bucket_bytes)
             room = max(slot_bytes(covers_of(step, remote.extents)) for step in plan.steps)
 
             def slot():
