@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from ckpt_core.config import child_environment
 
 HERE = SimpleNamespace(address="127.0.0.1", prefix=())
-_CKPT = (sys.executable, "-m", "ckpt_core")
+CKPT = (sys.executable, "-m", "ckpt_core")
 _STOP_S = 15.0
 
 
@@ -32,7 +32,7 @@ class Owners:
 
     def _start(self, host, checkpoint, library):
         file = self._directory / f"{library.value}-{len(self.processes)}.json"
-        command = [*host.prefix, *_CKPT, "export", str(checkpoint), f"--out={file}", f"--host={host.address}"]
+        command = [*host.prefix, *CKPT, "export", str(checkpoint), f"--out={file}", f"--host={host.address}"]
         self.processes[file] = self._stack.enter_context(
             subprocess.Popen(
                 [*command, f"--library={library.value}", "--version=theirs"],
@@ -45,10 +45,10 @@ class Owners:
         return file
 
 
-def join_command(offers, endpoints, report, *, host=HERE):
-    """Brings engines (NAME=URL) to what these owners have; the report is JSON."""
-    options = [f"--host={host.address}", f"--json={report}", *(f"--endpoint={one}" for one in endpoints)]
-    return [*host.prefix, *_CKPT, "join", *options, *(f"--from={offer}" for offer in offers)]
+def join_arguments(offers, endpoints, report, *, address=HERE.address):
+    """Of `ckpt`: bring engines (NAME=URL) to what these owners have; the report is JSON."""
+    options = [f"--host={address}", f"--json={report}", *(f"--endpoint={one}" for one in endpoints)]
+    return ["join", *options, *(f"--from={offer}" for offer in offers)]
 
 
 def end(process):

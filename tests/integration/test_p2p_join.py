@@ -3,16 +3,9 @@
 import json
 import os
 import signal
-import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # modules of several folders, in an interpreter that imports tests by path
-
 from pool_owners import Owners
 
 from ckpt_conformance.models.tiny import make_tiny

@@ -5,19 +5,12 @@ Rates are told (`aggregate MB/s` among the properties of a test), not asserted: 
 
 import json
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # modules of several folders, in an interpreter that imports tests by path
-
-from pool_owners import Owners, end, join_command
+from pool_owners import CKPT, Owners, end, join_arguments
 
 from ckpt_conformance import namespaces
 from ckpt_conformance.models.tiny import make_tiny, perturb
@@ -119,9 +112,11 @@ class Joins:
         state = self._directory / server.host.name
         state.mkdir()
         report = state / "report.json"
-        command = join_command(self._offers, [f"reference={server.url}"], report, host=server.host)
+        arguments = join_arguments(self._offers, [f"reference={server.url}"], report, address=server.host.address)
         environment = {**child_environment(), "CKPT_STATE_DIR": str(state)}
-        process = self._stack.enter_context(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        process = self._stack.enter_context(
+            subprocess.Popen([*server.host.prefix, *CKPT, *arguments], env=environment, stdout=subprocess.DEVNULL)
+        )
         self._stack.callback(end, process)
         return report, process
 
