@@ -29,7 +29,7 @@ NAMES = 0.999  # tensors of a file: the rest of it is their names
 
 pytestmark = [
     pytest.mark.skipif(bool(why := namespaces.refusal()), reason=why),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
 ]
 
 
