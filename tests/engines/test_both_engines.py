@@ -1,4 +1,4 @@
-"""One checkpoint into a vLLM and an SGLang server in one update: both committed, or neither resumed.
+"""One checkpoint into a vLLM and an SGLang server in one update: both committed, or neither resumed; from files and from owners.
 
 The servers run in the environments of their engines, the update in the plain one.
 """
@@ -8,22 +8,26 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from cases import Case, Fresh, make_checkpoints
 from deployments import Deployment, answers_of, start_server
+from pool_owners import CKPT, Owners, join_arguments
 
 from ckpt_core import Outcome, Undo, UpdateAborted
 from ckpt_core.contract import EndpointState
 from ckpt_core.errors import PeerLost
+from ckpt_core.transport.p2p.base import Library
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("vllm", "sglang")
 CASE = Case(model="llama", tp=1)
-UPDATE_TIMEOUT_S = 120
+UPDATE_TIMEOUT_S, POLL_S = 120, 0.05
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +63,95 @@ def assert_back_on_a(pair, version):
         assert (status.state, status.version) == (EndpointState.SERVING, version)
 
 
-def test_one_command_moves_both(pair, tmp_path):
-    """There and back, as an operator types it."""
+def run_ckpt(*arguments):
+    """As an operator types it."""
     ckpt = Path(sys.executable).parent / "ckpt"
-    endpoints = [f"--endpoint={deployment.engine}={deployment.url}" for deployment in pair]
-    for which in "ba":
-        report_path = tmp_path / f"{which}.json"
-        command = [
-            ckpt,
-            "update",
-            pair[0].checkpoints[which],
-            *endpoints,
-            f"--version={which}",
-            f"--json={report_path}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=UPDATE_TIMEOUT_S, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        report = json.loads(report_path.read_text())
-        assert report["outcome"] == "committed"
-        assert [(rank["engine"], rank["version"]) for rank in report["ranks"]] == [(name, which) for name in ENGINES]
-        if which == "b":
-            assert all(deployment.answers() != deployment.fresh.tokens["a"] for deployment in pair)
+    command = [ckpt, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=UPDATE_TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def endpoints_of(pair):
+    return [f"{deployment.engine}={deployment.url}" for deployment in pair]
+
+
+def move(pair, which, directory):
+    """Both to a checkpoint in files; the report."""
+    report = directory / f"{which}.json"
+    endpoints = [f"--endpoint={one}" for one in endpoints_of(pair)]
+    run_ckpt("update", pair[0].checkpoints[which], *endpoints, f"--version={which}", f"--json={report}")
+    return json.loads(report.read_text())
+
+
+def assert_committed(report, version):
+    assert report["outcome"] == "committed"
+    assert [(rank["engine"], rank["version"]) for rank in report["ranks"]] == [(name, version) for name in ENGINES]
+
+
+def assert_not_on_a(pair):
+    assert all(deployment.answers() != deployment.fresh.tokens["a"] for deployment in pair)
+
+
+def test_one_command_moves_both(pair, tmp_path):
+    """There and back."""
+    assert_committed(move(pair, "b", tmp_path), "b")
+    assert_not_on_a(pair)
+    assert_committed(move(pair, "a", tmp_path), "a")
     assert_back_on_a(pair, "a")
+
+
+@pytest.fixture
+def owners(pair, tmp_path):
+    """Starts owners of A, when both engines were moved to B."""
+    move(pair, "b", tmp_path)
+    assert_not_on_a(pair)
+    with ExitStack() as stack:
+        yield Owners(stack, tmp_path)
+
+
+def assert_read_from_owners(report_path, offers):
+    """All of it."""
+    report = json.loads(report_path.read_text())
+    assert_committed(report, "theirs")
+    assert report["digest"] == json.loads(offers[0].read_text())["digest"]
+    assert sum(agent["network_in_bytes"] for agent in report["agents"]) >= report["size_bytes"]
+
+
+@pytest.mark.parametrize("library", list(Library), ids=lambda library: library.value)
+def test_both_join_from_owners(pair, owners, tmp_path, library):
+    offers = owners.start(pair[0].checkpoints.a, library)
+    report = tmp_path / "join.json"
+    run_ckpt(*join_arguments(offers, endpoints_of(pair), report))
+    assert_read_from_owners(report, offers)
+    assert_back_on_a(pair, "theirs")
+
+
+def test_both_join_from_the_owner_that_is_left(pair, owners, tmp_path, kill):
+    """The other one does not answer, and is killed when it was asked: to be sure that a part was to come from it."""
+    offers = owners.start(pair[0].checkpoints.a, Library.MOONCAKE)
+    silent = owners.processes[offers[1]]
+    silent.send_signal(signal.SIGSTOP)
+    report = tmp_path / "join.json"
+    command = [*CKPT, *join_arguments(offers, endpoints_of(pair), report)]
+    with subprocess.Popen(command) as join:
+        try:
+            wait_until_asked(join, offers[1])
+            kill(silent.pid)
+            assert join.wait(UPDATE_TIMEOUT_S) == 0
+        finally:
+            join.kill()
+    assert_read_from_owners(report, offers)
+    assert_back_on_a(pair, "theirs")
+
+
+def wait_until_asked(join, offer):
+    """Until somebody is connected to an owner, though it does not answer."""
+    port = int(json.loads(offer.read_text())["contact"].rpartition(":")[2])
+    deadline = time.monotonic() + UPDATE_TIMEOUT_S
+    while not any(one.raddr and one.raddr.port == port for one in psutil.net_connections("tcp")):
+        assert time.monotonic() < deadline, "the owner was never asked"
+        with suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"ended with {join.wait(POLL_S)} before it asked")
 
 
 def test_both_follow_or_neither_is_resumed(pair, updater_of, stall, kill):

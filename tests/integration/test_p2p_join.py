@@ -3,16 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from contextlib import ExitStack
 
 import pytest
+from pool_owners import Owners
 
 from ckpt_conformance.models.tiny import make_tiny
 from ckpt_conformance.reference.worker import Worker, WorkerOptions
 from ckpt_core import Outcome, Peers, UpdateAborted
-from ckpt_core.config import VerifyLevel, child_environment
+from ckpt_core.config import VerifyLevel
 from ckpt_core.errors import ConfigError, PeerLost
 from ckpt_core.metrics import Stage
 from ckpt_core.transport.p2p.base import Library
@@ -21,34 +20,6 @@ from ckpt_core.verify import fingerprint
 pytestmark = pytest.mark.timeout(300)
 LIBRARIES = pytest.mark.parametrize("library", list(Library), ids=lambda library: library.value)
 START_S = 60.0
-
-
-class Owners:
-    """`ckpt export` processes, by the file that they wrote."""
-
-    def __init__(self, stack, directory):
-        self._stack, self._directory = stack, directory
-        self.processes = {}
-
-    def start(self, checkpoint, library, count=2):
-        """So many more; returns their files."""
-        files = [self._directory / f"{library.value}-{len(self.processes) + number}.json" for number in range(count)]
-        for file in files:
-            command = [sys.executable, "-m", "ckpt_core", "export", checkpoint, "--out", file, "--host", "127.0.0.1"]
-            process = self._stack.enter_context(
-                subprocess.Popen(
-                    [*map(str, command), "--library", library.value, "--version", "theirs"],
-                    env=child_environment(),
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            self._stack.callback(process.kill)
-            self.processes[file] = process
-        for file in files:
-            lines = iter(self.processes[file].stdout.readline, "")
-            assert any("is offered over" in line for line in lines), "the owner ended"
-        return files
 
 
 @pytest.fixture
