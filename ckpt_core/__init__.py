@@ -12,20 +12,26 @@ if TYPE_CHECKING:
     from ckpt_core.api import Cluster, Target, Updater, update
     from ckpt_core.config import Reading, Undo, UpdateConfig, VerifyLevel
     from ckpt_core.contract import PauseMode
+    from ckpt_core.directory_client import DirectoryClient
     from ckpt_core.errors import CkptError, Outcome, UpdateAborted
+    from ckpt_core.joining import Joiner
     from ckpt_core.look_report import EngineLook, LookReport
     from ckpt_core.manifest import Manifest
     from ckpt_core.metrics import UpdateReport
+    from ckpt_core.owning import Owner
     from ckpt_core.p2p.peers import Peers
     from ckpt_core.source import open_checkpoint
 
 __all__ = [
     "CkptError",
     "Cluster",
+    "DirectoryClient",
     "EngineLook",
+    "Joiner",
     "LookReport",
     "Manifest",
     "Outcome",
+    "Owner",
     "PauseMode",
     "Peers",
     "Reading",
@@ -43,10 +49,13 @@ __all__ = [
 _HOME = {
     "CkptError": "errors",
     "Cluster": "api",
+    "DirectoryClient": "directory_client",
     "EngineLook": "look_report",
+    "Joiner": "joining",
     "LookReport": "look_report",
     "Manifest": "manifest",
     "Outcome": "errors",
+    "Owner": "owning",
     "PauseMode": "contract",
     "Peers": "p2p.peers",
     "Reading": "config",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -29,12 +31,10 @@ from ckpt_core.config import Environment
 from ckpt_core.directory_client import DirectoryClient
 from ckpt_core.errors import ConfigError
 from ckpt_core.history import History
-from ckpt_core.joining import join as join_fleet
-from ckpt_core.lease import Lease
+from ckpt_core.joining import Joiner
 from ckpt_core.owning import Owner
 from ckpt_core.p2p.offers import Offer, write_offer
 from ckpt_core.p2p.peers import Peers
-from ckpt_core.source import open_checkpoint
 from ckpt_core.transport.p2p.base import Library
 
 app = typer.Typer()
@@ -79,20 +79,28 @@ def export(  # noqa: PLR0917 (options by position are never given)
     if not directory and (out is None or follow):
         raise ConfigError("who is told? give --directory URL, or --out FILE for one checkpoint")
     ended = _until_told()
-    with ExitStack() as stack:
-        owner = stack.enter_context(
-            Owner(host=host, name=name, library=library, rdma=rdma or (), max_bytes_per_s=max_rate * 1e9)
-        )
-        if directory:
-            client = stack.enter_context(DirectoryClient(directory))
-            owner.lease = stack.enter_context(
-                Lease(client, name=owner.name, address=f"{host}/{owner.name}", lease_s=lease_s)
-            )
+    with Owner(
+        host=host,
+        name=name or (f"{socket.gethostname()}:{out.name}" if out is not None else ""),
+        library=library,
+        rdma=rdma or (),
+        max_bytes_per_s=max_rate * 1e9,
+        directory=directory,
+        lease_s=lease_s,
+    ) as owner:
         if checkpoint is not None:
-            _say(owner.publish(open_checkpoint(checkpoint), version=version), owner, out)
-            ended.wait()
+            _say(owner.publish(checkpoint, version=version), owner, out)
+            _wait(owner, ended)
         else:
-            _follow(owner, ended)
+            OUT.print(f"warm versions are offered over {owner.library.value}", highlight=False)
+            with closing(History.of(Environment.read())) as history:
+                _wait(owner, ended, lambda: owner.follow(history))
+
+
+def _wait(owner: Owner, ended: threading.Event, meanwhile: Callable[[], None] = lambda: None) -> None:
+    meanwhile()
+    while not ended.wait(_LOOK_EVERY_S) and not owner.replaced:
+        meanwhile()
 
 
 def _say(offer: Offer, owner: Owner, out: Path | None) -> None:
@@ -104,14 +112,6 @@ def _say(offer: Offer, owner: Owner, out: Path | None) -> None:
         soft_wrap=True,
         highlight=False,
     )
-
-
-def _follow(owner: Owner, ended: threading.Event) -> None:
-    history = History.of(Environment.read())
-    OUT.print(f"warm versions are offered over {owner.library.value}", highlight=False)
-    while not ended.wait(_LOOK_EVERY_S) and not (owner.lease is not None and owner.lease.replaced):
-        owner.follow(history)
-    history.close()
 
 
 def _until_told() -> threading.Event:
@@ -146,12 +146,15 @@ def join(  # noqa: PLR0917 (options by position are never given)
     engine: EngineOption = "",
     host: HostOption = "127.0.0.1",
     max_rate: Annotated[float, typer.Option(min=0.0, help="What is read in all, GB/s; 0: no limit.")] = 0.0,
+    follow: Annotated[bool, typer.Option("--follow", help="And to each version after it, until told to end.")] = False,
     wait_s: Annotated[float, typer.Option(min=0.0, help="For owners, and for an update of the fleet.")] = 600.0,
     json: JsonOption = None,
 ) -> None:
     """Bring engines to the version that peers have, read out of their memory by one-sided reads."""
-    if bool(offers) == bool(directory) or (version and not directory):
-        raise ConfigError("from whom? give --from FILE at least once, or --directory URL, with or without --version")
+    if bool(offers) == bool(directory) or (version and not directory) or (follow and (version or not directory)):
+        raise ConfigError(
+            "from whom? give --from FILE at least once, or --directory URL with --version or --follow or none"
+        )
     targets = targets_of(engine, endpoint)
     with progress_bar() as on_progress:
         if offers:
@@ -159,14 +162,15 @@ def join(  # noqa: PLR0917 (options by position are never given)
             with Updater(targets, on_progress=on_progress) as updater:
                 report = updater.update(peers)
         else:
-            with DirectoryClient(directory) as client:
-                report = join_fleet(
-                    targets,
-                    client,
-                    version=version,
-                    host=host,
-                    max_bytes_per_s=max_rate * 1e9,
-                    within_s=wait_s,
-                    on_progress=on_progress,
-                )
+            with (
+                DirectoryClient(directory) as client,
+                Joiner(
+                    targets, client, host=host, max_bytes_per_s=max_rate * 1e9, within_s=wait_s, on_progress=on_progress
+                ) as joiner,
+            ):
+                report = joiner.join(version)
+                if follow:
+                    joiner.follow(
+                        _until_told(), lambda one: OUT.print(f"now at {escape(one.version)}", highlight=False)
+                    )
     show(json, report.to_json(), render.report_tables(report))

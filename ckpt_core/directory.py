@@ -14,6 +14,7 @@ from ckpt_core.store_records import EngineRecord
 
 _LEASES_S = 0.5, 3600.0
 _NAME_CHARS = 200
+_JOINED = ""  # instead of an update of this host's controllers
 
 
 class Directory:
@@ -76,8 +77,8 @@ class Directory:
         return self._store.owners.offered(instance, digest)
 
     def fleet(self) -> FleetVersion:
-        """What was committed last to any engine, and whether that is about to change."""
-        newest = max(self._store.engines(), key=lambda record: record.committed_at, default=None)
+        """What a controller committed last to any engine, and whether that is about to change."""
+        newest = max(self._committed(), key=lambda record: record.committed_at, default=None)
         return FleetVersion(
             epoch=self._store.owners.epoch(),
             digest=newest.digest if newest else "",
@@ -86,13 +87,15 @@ class Directory:
         )
 
     def joined(self, records: Sequence[EngineRecord]) -> None:
-        """Engines run this now. Who joined late does not make its version the newest."""
-        newest = self._newest_commits()
+        """Engines run this now. Who joins does not say what the fleet runs, and its version is no newer for it."""
+        urls = {record.url for record in records}
+        others = sorted((one for one in self._store.engines() if one.url not in urls), key=lambda one: one.committed_at)
+        known = {one.digest: one.committed_at for one in others}
+        newest = max((one.committed_at for one in others if one.update_id != _JOINED), default=None)
         for record in records:
-            at = newest.get(record.digest, max(newest.values(), default=record.committed_at + 1.0) - 1.0)
-            self._store.put_engine(msgspec.structs.replace(record, committed_at=at))
+            own = record.committed_at if newest is None else newest - 1.0
+            at = known.get(record.digest, own)
+            self._store.put_engine(msgspec.structs.replace(record, committed_at=at, update_id=_JOINED))
 
-    def _newest_commits(self) -> dict[str, float]:
-        """When each version that an engine runs was committed last."""
-        engines = sorted(self._store.engines(), key=lambda record: record.committed_at)
-        return {record.digest: record.committed_at for record in engines}
+    def _committed(self) -> list[EngineRecord]:
+        return [record for record in self._store.engines() if record.update_id != _JOINED]

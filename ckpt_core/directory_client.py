@@ -92,6 +92,15 @@ class DirectoryClient:
         """
         return self._until(within_s, self._settled)
 
+    def newest(self) -> str:
+        """Digest of the version that was offered last.
+
+        Raises:
+            EngineUnavailable: there is none.
+        """
+        answer = self._endpoint.request("GET", "/offering", params={"version": ""})
+        return msgspec.json.decode(answer.content, type=Offering).digest
+
     def offers(self, version: str, within_s: float) -> tuple[Offering, list[Offer]]:
         """All offers of a version, as soon as there is one.
 

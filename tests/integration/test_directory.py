@@ -11,12 +11,12 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from ckpt_core import Outcome, Target
+from ckpt_core import Joiner, Outcome, Owner, Target
 from ckpt_core.config import child_environment
 from ckpt_core.directory_client import DirectoryClient
 from ckpt_core.endpoint import EndpointOptions
 from ckpt_core.errors import EngineError
-from ckpt_core.joining import join
+from ckpt_core.transport.p2p.base import Library
 
 pytestmark = pytest.mark.timeout(240)
 TOKEN = "secret"  # noqa: S105
@@ -31,8 +31,8 @@ class Commands:
         self._stack = stack
         self.url = ""
 
-    def start(self, *arguments, says):
-        """Start one and wait until it says something; the process, and that line."""
+    def start(self, *arguments, says=""):
+        """Start one and wait until it says something, if it is to say something; the process, and that line."""
         process = self._stack.enter_context(
             subprocess.Popen(
                 [sys.executable, "-m", "ckpt_core", *map(str, arguments)],
@@ -42,7 +42,7 @@ class Commands:
             )
         )
         self._stack.callback(process.kill)
-        found = next((line for line in iter(process.stdout.readline, "") if says in line), None)
+        found = next((line for line in iter(process.stdout.readline, "") if says in line), None) if says else ""
         assert found is not None, f"{arguments[0]} ended"
         return process, found
 
@@ -76,12 +76,17 @@ class Commands:
 
 
 @pytest.fixture
-def commands(monkeypatch):
-    monkeypatch.setenv("CKPT_DIRECTORY_TOKEN", TOKEN)
-    with ExitStack() as stack:
-        made = Commands(stack)
-        made.serve()
+def stack():
+    with ExitStack() as made:
         yield made
+
+
+@pytest.fixture
+def commands(monkeypatch, stack):
+    monkeypatch.setenv("CKPT_DIRECTORY_TOKEN", TOKEN)
+    made = Commands(stack)
+    made.serve()
+    return made
 
 
 @pytest.fixture
@@ -161,18 +166,17 @@ def test_the_next_life_of_an_owner_takes_its_place(commands, client, checkpoint_
 
 
 def test_who_joins_during_an_update_gets_what_it_commits(  # noqa: PLR0917
-    commands, client, checkpoint_of, start_server, updater_of, stall, empty
+    commands, client, checkpoint_of, start_server, updater_of, stall, empty, stack
 ):
     commands.export("--follow")
     first = start_server(checkpoint_of(), tp=2)
     updater = updater_of(first, on_progress=stall.on_progress)
+    joiner = stack.enter_context(Joiner([Target(engine="reference", url=empty.url)], client, within_s=60.0))
     joined = []
 
     def join_meanwhile():
         assert client.fleet().updating
-        thread = threading.Thread(
-            target=lambda: joined.append(join([Target(engine="reference", url=empty.url)], client, within_s=60.0))
-        )
+        thread = threading.Thread(target=lambda: joined.append(joiner.join()))
         thread.start()
         joined.append(thread)
         stall.go()
@@ -182,6 +186,30 @@ def test_who_joins_during_an_update_gets_what_it_commits(  # noqa: PLR0917
     joined[0].join(90.0)
     assert joined[1].version == "new"
     assert empty.live_digests() == first.live_digests()
+
+
+def test_a_trainer_publishes_and_engines_elsewhere_follow(  # noqa: PLR0917
+    commands, checkpoint_of, tensors_of, empty, stack, eventually
+):
+    """The trainer's process offers its tensors; nothing of the project but the directory runs beside it."""
+
+    def serves(version):
+        status = empty.status()
+        return (status["version"], status["state"]) == (version, "serving")
+
+    owner = stack.enter_context(
+        Owner(host="127.0.0.1", library=Library.MOONCAKE, directory=commands.url, lease_s=LEASE_S)
+    )
+    offers = [owner.publish(tensors_of(checkpoint_of()), version="step 1")]
+    follower, _ = commands.start(
+        *("join", "--engine", "reference", "--endpoint", empty.url, "--directory", commands.url, "--follow"),
+    )
+    eventually(lambda: serves("step 1"), "the first version")
+    offers.append(owner.publish(tensors_of(checkpoint_of(which="b")), version="step 2"))
+    eventually(lambda: serves("step 2"), "the second")
+    owner.withdraw(offers[0].digest)
+    follower.send_signal(signal.SIGTERM)
+    assert follower.wait(END_S) == 0
 
 
 def test_owners_that_come_back_finish_a_join(commands, checkpoint_of, kill, empty, tmp_path):

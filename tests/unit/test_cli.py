@@ -35,6 +35,7 @@ OPTIONS = {
         "--directory",
         "--endpoint",
         "--engine",
+        "--follow",
         "--from",
         "--host",
         "--json",

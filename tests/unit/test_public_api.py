@@ -8,10 +8,13 @@ import ckpt_core
 PUBLIC = [
     "CkptError",
     "Cluster",
+    "DirectoryClient",
     "EngineLook",
+    "Joiner",
     "LookReport",
     "Manifest",
     "Outcome",
+    "Owner",
     "PauseMode",
     "Peers",
     "Reading",
