@@ -35,7 +35,7 @@ class Landing:
     def _find(self, path: str) -> str:
         while path and path not in self._paths:
             parent, _, leaf = path.rpartition(".")
-            fused = f"{parent}.{self._fused_of[leaf]}" if leaf in self._fused_of else ""
+            fused = f"{parent}.{self._fused_of[leaf]}" if leaf in self._fused_of else parent
             path = fused if fused in self._paths else parent
         return path
 

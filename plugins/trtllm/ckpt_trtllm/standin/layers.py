@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 
 from ckpt_conformance.reference.loadable import LoadableLayer, ShardId, quantise_rows
+
+_kinds: dict[Any, Any] = {}
 
 
 class Reloadable(LoadableLayer):
@@ -66,6 +67,7 @@ def make_reloadable(layer: Any) -> None:
     layer.stale, layer.loads = True, 0
 
 
-@cache
 def _reloadable(kind: Any) -> Any:
-    return type(kind.__name__, (Reloadable, kind), {})
+    if kind not in _kinds:
+        _kinds[kind] = type(kind.__name__, (Reloadable, kind), {})
+    return _kinds[kind]
