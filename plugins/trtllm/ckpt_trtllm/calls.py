@@ -48,14 +48,14 @@ class RankCalls:
         from ckpt_trtllm.rank import rank_of
 
         rank = rank_of(self)
-        rank.tell_instance(instance_id)
-        device = rank.identify()
+        rank.identity.tell(instance_id)
+        info = rank.identity.info()
         return {
             "rank": rank.rank,
-            "world_size": device.world_size,
-            "instance_id": rank.instance_id,
-            "device_kind": device.device_kind.value,
-            "device_uuid": device.device_uuid,
+            "world_size": info.world_size,
+            "instance_id": info.instance_id,
+            "device_kind": info.device_kind.value,
+            "device_uuid": info.device_uuid,
             "updating": rank.is_updating,
             "refuses": rank.guard.reason,
             "waiting": rank.guard.waiting and not (rank.guard.poison or rank.guard.uncommitted),

@@ -15,7 +15,7 @@ from ckpt_trtllm.handles import Handle, handle_of
 if TYPE_CHECKING:
     from ckpt_core.endpoint import Endpoint
 
-_COMMITTED = "committed"
+_COMMITTED, _UNTOUCHED = "committed", "untouched"
 _PARKS = (PauseMode.WAIT, PauseMode.ABORT)
 
 
@@ -30,13 +30,14 @@ def ready(endpoint: Endpoint) -> EndpointStatus:
 
 
 def attach(endpoint: Endpoint, rendezvous: Rendezvous) -> None:
-    """See `ckpt_attach`. Where a rank did not commit, all are told, whatever became of them."""
+    """See `ckpt_attach`. Where a rank was left mixed, or ranks ended differently, TensorRT-LLM wants all to be told."""
     handle = _handle(endpoint)
     results = _rpc(handle, "ckpt_attach", asdict(rendezvous), timeout_s=rendezvous.lifetime_s)
-    failed = [result for result in results if result["error"] or result["outcome"] != _COMMITTED]
-    if failed:
-        reason = next((str(result.get("cause") or result["error"]) for result in failed), "")
-        told = _rpc(handle, "ckpt_abort", reason or "another rank failed", timeout_s=endpoint.options.timeout_s)
+    outcomes = {str(result.get("outcome", "")) for result in results}
+    if outcomes not in ({_COMMITTED}, {_UNTOUCHED}):
+        causes = (str(result.get("cause") or result["error"]) for result in results)
+        reason = next(filter(None, causes), "another rank failed")
+        told = _rpc(handle, "ckpt_abort", reason, timeout_s=endpoint.options.timeout_s)
         _check(endpoint, "abort", told)
     _check(endpoint, "attach", results)
 

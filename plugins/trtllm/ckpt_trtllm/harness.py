@@ -109,7 +109,9 @@ class TrtllmHarness(Harness):
 
     def target(self, worker: TrtllmRank) -> Target:
         """The rank as an engine by itself."""
-        return Target(engine=ENGINE, url=f"in-process-{worker.instance_id}", handle=self.engines.handle(worker))
+        return Target(
+            engine=ENGINE, url=f"in-process-{worker.identity.instance_id}", handle=self.engines.handle(worker)
+        )
 
     def server(self, checkpoint: Path, *, ranks: int, dummy: bool) -> AbstractContextManager[Server]:
         """Several ranks, called together."""

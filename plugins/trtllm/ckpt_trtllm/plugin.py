@@ -78,7 +78,7 @@ def ckpt_engine_info() -> EngineInfo:
 @hookimpl
 def ckpt_identify(worker: TrtllmRank) -> RankInfo:
     """Who this rank is."""
-    return worker.identify()
+    return worker.identity.info()
 
 
 @hookimpl

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_core.contract import (
     AbortOutcome,
-    DeviceKind,
     LiveState,
     LiveTensor,
     LoadBucket,
     LoadReport,
-    RankInfo,
     Update,
 )
 from ckpt_core.errors import CoverageError, EngineStateError
@@ -23,14 +20,13 @@ from ckpt_trtllm import compat
 from ckpt_trtllm.cycle import Cycle
 from ckpt_trtllm.guard import Guard
 from ckpt_trtllm.hold import Hold
+from ckpt_trtllm.identity import Identity
 from ckpt_trtllm.landing import Landing
 from ckpt_trtllm.started import Started
 from ckpt_trtllm.storage import Storage
 from ckpt_trtllm.support import check_interface, check_supported, check_whole_modules
 
 if TYPE_CHECKING:
-    import torch
-
     from ckpt_core.layout import Layout
     from ckpt_core.manifest import Manifest
 
@@ -61,7 +57,7 @@ class TrtllmRank:
     Attributes:
         worker: TensorRT-LLM's.
         features: what its engine has.
-        place: ranks and sizes.
+        identity: who it is.
         guard, hold: see there.
         version: of the last commit, or what the control side says; empty before.
         met: requests in flight when the executor was parked last; None where it does not tell.
@@ -71,13 +67,12 @@ class TrtllmRank:
         self.worker = worker
         self.features = compat.features_of(worker)
         check_interface(self.features)
-        self.place = compat.place_of(worker)
-        self.rank = self.place["rank"]
+        self.identity = Identity(worker)
+        self.rank = self.identity.rank
         self.guard = Guard(worker.engine.model_engine, rank=self.rank)
         self.hold = Hold(worker.engine, drain_option=self.features.drain_option)
         self.version = ""
         self.met: int | None = None
-        self._instance_id = uuid.uuid4().hex if self.place["world_size"] == 1 else ""
         model = compat.model_of(worker)
         self._landing = Landing([path for path, _ in model.named_modules()], compat.fused_parts(worker))
         self._started = Started(compat.model_directory(worker), tied=compat.is_tied(model), rank=self.rank)
@@ -86,48 +81,10 @@ class TrtllmRank:
         self._last: tuple[str, AbortOutcome] | None = None
         self._mixed = ""  # the update that wrote a part and was not committed; cleared by the commit of a whole one
 
-    # -- who it is -------------------------------------------------------------------------------------------------
     @property
     def model(self) -> Any:
         """The target model."""
         return compat.model_of(self.worker)
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        import torch
-
-        first = next(self.model.parameters(), None)
-        return torch.device("cuda", int(self.worker.device_id)) if first is None else first.device
-
-    @property
-    def instance_id(self) -> str:
-        """One per engine start; "" on a rank of several that was not told."""
-        return self._instance_id
-
-    def tell_instance(self, instance_id: str) -> None:
-        """Ranks cannot agree on one by themselves: the first who asks all of them brings it."""
-        self._instance_id = self._instance_id or instance_id
-
-    def identify(self) -> RankInfo:
-        """Who this rank is.
-
-        Raises:
-            EngineStateError: nobody told the instance.
-        """
-        if not self._instance_id:
-            raise EngineStateError(
-                f"rank {self.rank} of {self.place['world_size']} has no instance id; ask its status first"
-            )
-        device = self.device
-        index = device.index or 0
-        return RankInfo(
-            instance_id=self._instance_id,
-            device_kind=DeviceKind(device.type),
-            device_index=index,
-            device_uuid=_uuid_of(device, index) or f"cpu-{self._instance_id}-{self.rank}",
-            **self.place,
-        )
 
     # -- what may be refused ---------------------------------------------------------------------------------------
     def check_updatable(self) -> None:
@@ -179,7 +136,7 @@ class TrtllmRank:
         if tensors:
             self._mixed = f"update {update.update_id} wrote a part of the weights and was not committed"
             progress.cycle.load(tensors)
-            self._synchronise()
+            self.identity.synchronise()
         progress.arrived.update(name for name, _ in tensors)
         return LoadReport(
             loaded=tuple(name for name, _ in tensors), ignored=ignored, retained_bytes=progress.cycle.retained_bytes
@@ -200,7 +157,7 @@ class TrtllmRank:
             )
         self._mixed = f"update {update.update_id} processed weights and was not committed"
         progress.cycle.finish()
-        self._synchronise()
+        self.identity.synchronise()
         progress.phase = Phase.FINISHED
 
     def abort(self, update: Update, cause: str) -> AbortOutcome:
@@ -263,13 +220,6 @@ class TrtllmRank:
                 "tensor once: send the update again"
             )
 
-    def _synchronise(self) -> None:
-        device = self.device
-        if device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(device)
-
     def _in(self, update: Update, phase: Phase) -> _Progress:
         progress = self._progress
         if progress is None or progress.update.update_id != update.update_id or progress.phase is not phase:
@@ -294,12 +244,3 @@ def rank_of(worker: Any) -> TrtllmRank:
         found = TrtllmRank(worker)
         setattr(worker, _ATTRIBUTE, found)  # it lives as long as the weights that it is about
     return found
-
-
-def _uuid_of(device: torch.device, index: int) -> str:
-    if device.type != "cuda":
-        return ""
-    import torch
-
-    text = str(torch.cuda.get_device_properties(index).uuid)
-    return text if text.startswith("GPU-") else f"GPU-{text}"

@@ -53,6 +53,22 @@ def test_every_rank_is_told_where_one_failed(place):
     assert ranks.asked[-1] == ("ckpt_abort", "a bucket did not come")
 
 
+def test_nobody_is_told_of_an_update_that_was_refused():
+    """The reason may be an update of the engine's own, which that would end."""
+    refused = {"error": "", "outcome": "untouched", "cause": "TensorRT-LLM's own update_weights is open"}
+    ranks = Ranks(ckpt_attach=[refused, refused])
+    control.attach(endpoint(ranks), RENDEZVOUS)
+    assert [call[0] for call in ranks.asked] == ["ckpt_attach"]
+
+
+def test_all_are_told_where_a_rank_could_not_be_entered():
+    broken = {"error": "ImportError"}
+    ranks = Ranks(ckpt_attach=[{**POISONED, "outcome": "untouched"}, broken], ckpt_abort=[{"error": ""}] * 2)
+    with pytest.raises(EngineError, match="attach failed on rank 1: ImportError"):
+        control.attach(endpoint(ranks), RENDEZVOUS)
+    assert ranks.asked[-1] == ("ckpt_abort", "a bucket did not come")
+
+
 def test_a_rank_that_cannot_be_told_is_named():
     ranks = Ranks(ckpt_attach=[COMMITTED, POISONED], ckpt_abort=[{"error": ""}, {"error": "gone"}])
     with pytest.raises(EngineError, match="abort failed on rank 1: gone"):

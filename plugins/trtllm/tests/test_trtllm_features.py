@@ -105,7 +105,7 @@ def test_what_the_engine_does_not_tell_has_a_default():
 
 
 def test_the_parallel_place_is_that_of_the_engines_mapping(bench_of):
-    place = bench_of(ModelKind.SHARDED).worker().place
+    place = compat.place_of(bench_of(ModelKind.SHARDED).worker().worker)
     assert (place["rank"], place["world_size"], place["tp_rank"], place["tp_size"]) == (1, 2, 1, 2)
     assert set(place) <= set(inspect.signature(RankInfo).parameters)
 

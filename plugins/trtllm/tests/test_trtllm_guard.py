@@ -59,7 +59,7 @@ def test_a_rank_that_may_not_serve_keeps_all_ranks_parked(llm):
 def test_ranks_take_the_instance_that_the_first_who_asks_brings(llm):
     first, second = (control.ready(endpoint_of(llm)).instance_id for _ in range(2))
     assert first == second
-    assert {rank_of(worker).identify().instance_id for worker in llm.workers} == {first}
+    assert {rank_of(worker).identity.info().instance_id for worker in llm.workers} == {first}
 
 
 def test_no_client_of_the_engine_can_end_the_pause(bench):

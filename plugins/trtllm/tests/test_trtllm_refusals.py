@@ -123,10 +123,10 @@ def test_a_rank_of_several_that_nobody_told_its_instance(bench_of):
     worker = bench_of(ModelKind.SHARDED).worker()
     alone = TrtllmRank(worker.worker)
     with pytest.raises(EngineStateError, match="rank 1 of 2 has no instance id"):
-        alone.identify()
-    alone.tell_instance("first")
-    alone.tell_instance("second")
-    assert alone.identify().instance_id == "first"
+        alone.identity.info()
+    alone.identity.tell("first")
+    alone.identity.tell("second")
+    assert alone.identity.info().instance_id == "first"
 
 
 def test_names_that_are_known_and_not_needed(bench_of):

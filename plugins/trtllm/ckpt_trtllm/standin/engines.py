@@ -52,7 +52,7 @@ class StandInEngines(Engines):
         worker = worker_class(checkpoint, group=group, load_format=load_format, quantise=quantise)
         worker.setup_engine()
         rank = rank_of(worker)
-        rank.tell_instance(f"stand-in-{id(worker):x}")
+        rank.identity.tell(f"stand-in-{id(worker):x}")
         return rank
 
     def generate(self, rank: TrtllmRank, prompt_token_ids: Sequence[int], max_tokens: int) -> list[int]:
