@@ -41,8 +41,8 @@ class Landing:
 
 
 def is_below(path: str, tops: Collection[str]) -> bool:
-    """Whether a module is one of these or inside one."""
-    return any(path == top or path.startswith(f"{top}.") for top in tops)
+    """Whether a module is one of these or inside one; "" is the model, which all are inside of."""
+    return any(not top or path == top or path.startswith(f"{top}.") for top in tops)
 
 
 def is_above(path: str, tops: Collection[str]) -> bool:

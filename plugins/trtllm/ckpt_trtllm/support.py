@@ -66,16 +66,19 @@ def check_whole_modules(
 ) -> None:
     """Raise where a partial update brings a part of what a module needs that is rebuilt as a whole.
 
+    Args:
+        by_module: names of the whole checkpoint, by the path that they land in: of a module, or of one around it.
+
     Raises:
         EngineStateError: names module and tensors.
     """
     sent = frozenset(expected)
-    partly = {
-        path: sorted(set(names) - sent) for path, names in by_module.items() if sent & set(names) and set(names) - sent
-    }
+    touched = [path for path, names in by_module.items() if sent & set(names)]
     for path, module in compat.modules_of(model):
-        lacking = next((names for top, names in partly.items() if is_below(path, (top,))), None)
-        if lacking and compat.rebuilds(module):
+        if not is_below(path, touched) or not compat.rebuilds(module):
+            continue
+        wanted = {name for top, names in by_module.items() if is_below(path, (top,)) for name in names}
+        if lacking := sorted(wanted - sent):
             raise EngineStateError(
                 f"rank {rank}: module {path} is rebuilt as a whole, and {len(lacking)} of its tensors would not come, the first "
                 f"{lacking[:_NAMES_SHOWN]}; send all of a module, or a whole checkpoint"

@@ -107,6 +107,24 @@ def test_a_part_of_a_module_that_is_rebuilt_as_a_whole(bench_of):
     bench.expect_bits(worker, before, "the weights before the refusal")
 
 
+def test_a_part_that_lands_nobody_knows_where_exactly(bench_of, monkeypatch):
+    """A mapper that renames in a way the plugin does not know: what may be rebuilt around it must come whole."""
+    bench = bench_of(ModelKind.QUANTISED)
+    worker = bench.worker_on(1)
+    monkeypatch.setattr(worker.worker.engine.model_engine.model_loader.weight_mapper, "mapping", {}, raising=False)
+    again = TrtllmRank(worker.worker)
+    again.hold = worker.hold
+    names = [
+        name
+        for name in bench.checkpoint(2).tensors
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    ]
+    with pytest.raises(EngineStateError, match=r"self_attn\.\w+ is rebuilt as a whole.*o_proj"):
+        bench.attempt(again, 2, names=names).begin()
+    bench.attempt(again, 2).run()
+    bench.expect_fresh(again, bench.checkpoint(2))
+
+
 def test_a_part_of_the_model_after_an_update_that_was_not_finished(bench):
     worker = bench.worker_on(1)
     failed = bench.attempt(worker, 2)

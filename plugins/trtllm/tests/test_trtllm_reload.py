@@ -46,6 +46,7 @@ def test_where_a_tensor_lands(name, path):
 def test_above_and_below():
     assert is_below("a.b.c", ("a.b",))
     assert not is_below("a.bc", ("a.b",))
+    assert is_below("a.b", ("",))
     assert is_above("", ("a",))
     assert is_above("a", ("a.b",))
     assert not is_above("a.b", ("a.b",))
