@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-PARTS := lint types unit property integration conformance faults \
+PARTS := lint types unit property integration conformance conformance-trtllm faults \
 	venv-vllm engines-vllm conformance-vllm venv-sglang engines-sglang conformance-sglang engines-both
 # suites that need an engine or a GPU have targets of their own
 PYTEST := $(BIN)/python -m pytest --durations=15 -n $(WORKERS) -m "not engines and not gpu and not gpu2" $(PYTEST_FLAGS)
@@ -86,6 +86,10 @@ integration: venv ## tests with real processes, sockets, shared memory and netwo
 .PHONY: conformance
 conformance: venv ## the conformance suite on the reference engine
 	$(BIN)/ckpt-conformance --engine reference --level CORE
+
+.PHONY: conformance-trtllm
+conformance-trtllm: venv ## the conformance suite on the stand-in for TensorRT-LLM
+	$(BIN)/ckpt-conformance --engine trtllm
 
 .PHONY: faults
 faults: venv ## every fault at every step of an update: prints the table, writes docs/fault-matrix.md
