@@ -13,6 +13,7 @@ import pytest
 from pool_owners import CKPT, Owners, end, join_arguments
 
 from ckpt_conformance import namespaces
+from ckpt_conformance.link_watch import LinkWatch
 from ckpt_conformance.models.tiny import make_tiny, perturb
 from ckpt_conformance.reference.launch import ReferenceServer
 from ckpt_core import Target, Updater
@@ -23,7 +24,7 @@ OWNERS, JOINERS = 3, 2
 OWNER_MBIT_S, JOINER_MBIT_S = 32, 1000
 # 21 MB in one layer; shards end on leaves of 256 KiB, so that no leaf is read twice
 SHAPE = {"layers": 1, "hidden": 1024, "heads": 16, "kv_heads": 16, "head_dim": 64, "intermediate": 2048}
-JOIN_S, SAMPLE_S = 60.0, 0.02
+JOIN_S = 60.0
 HEADERS = 1.06  # bytes on a wire, over those that were read
 NAMES = 0.999  # tensors of a file: the rest of it is their names
 
@@ -100,9 +101,9 @@ class Joins:
 
     def __init__(self, stack, pool, directory):
         self._stack, self._pool, self._directory = stack, pool, directory
-        self._runs, self._samples = [], []
+        self._runs = []
         self._offers = pool.offers()
-        self._earlier = [host.bytes_out() for host in pool.hosts]
+        self.links = stack.enter_context(LinkWatch(pool.hosts))
 
     def start(self, servers):
         self._servers = servers
@@ -120,15 +121,12 @@ class Joins:
         self._stack.callback(end, process)
         return report, process
 
-    def came_out(self):
-        """Bytes that left each owner's host since then, with headers."""
-        return [host.bytes_out() - earlier for host, earlier in zip(self._pool.hosts, self._earlier, strict=True)]
-
     def reports(self):
         """When all have ended and their engines are what they should be."""
         deadline = time.monotonic() + JOIN_S
         for _, process in self._runs:
-            self._watch(process, deadline)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(deadline - time.monotonic())
         assert [process.poll() for _, process in self._runs] == [0] * len(self._runs)
         reports = [json.loads(report.read_bytes()) for report, _ in self._runs]
         for report, server in zip(reports, self._servers, strict=True):
@@ -136,21 +134,6 @@ class Joins:
             assert server.status()["version"] == "theirs"
             assert server.live_digests() == server.fresh
         return reports
-
-    def _watch(self, process, deadline):
-        while process.poll() is None and time.monotonic() < deadline:
-            self._samples.append((time.monotonic(), sum(self.came_out())))
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(SAMPLE_S)
-
-    def wire_mb_s(self):
-        """Of all owners together, without the first and the last bytes; 0 where they were not seen on their way."""
-        total = sum(self.came_out())
-        inside = [(at, size) for at, size in self._samples if 0.05 * total <= size <= 0.95 * total]
-        if len(inside) < 2:
-            return 0.0
-        (start, first), (stop, last) = inside[0], inside[-1]
-        return (last - first) / (stop - start) / 1e6
 
 
 @pytest.fixture
@@ -168,7 +151,7 @@ def tell(joins, request):
     """How fast it was, of what owners' links carry."""
 
     def tell():
-        limit_mb_s, wire_mb_s = OWNERS * OWNER_MBIT_S / 8, joins.wire_mb_s()
+        limit_mb_s, wire_mb_s = OWNERS * OWNER_MBIT_S / 8, joins.links.bytes_per_s() / 1e6
         # record_property does the same, but warns where junit's newer format is written
         request.node.user_properties += [("aggregate MB/s", round(wire_mb_s, 2)), ("links MB/s", limit_mb_s)]
         print(f"{wire_mb_s:.2f} of {limit_mb_s:.2f} MB/s")  # noqa: T201
@@ -185,7 +168,7 @@ def test_every_owner_gives_its_share(pool, servers, joins, tell, count):
     joins.start(servers[:count])
     reports = joins.reports()
     tell()
-    came_out, came_in = joins.came_out(), network_in(reports)
+    came_out, came_in = joins.links.came_out(), network_in(reports)
     assert count * pool.size_bytes * NAMES <= came_in <= sum(came_out) <= HEADERS * came_in
     assert came_out == pytest.approx([sum(came_out) / OWNERS] * OWNERS, rel=0.25)
 
@@ -193,11 +176,11 @@ def test_every_owner_gives_its_share(pool, servers, joins, tell, count):
 def test_an_owner_is_killed_in_the_middle(pool, servers, joins, tell, kill, eventually):  # noqa: PLR0917 (fixtures)
     share = pool.size_bytes / OWNERS
     joins.start(servers[:1])
-    eventually(lambda: joins.came_out()[1] > share / 6, "a part of its share has left an owner")
+    eventually(lambda: joins.links.came_out()[1] > share / 6, "a part of its share has left an owner")
     kill(pool.process(pool.hosts[1]).pid)
     reports = joins.reports()
     tell()
-    came_out = joins.came_out()
+    came_out = joins.links.came_out()
     assert came_out[1] < 0.9 * share
     assert min(came_out[0], came_out[2]) > share
     assert network_in(reports) >= pool.size_bytes * NAMES
