@@ -6,9 +6,9 @@ Owners and joiners are network namespaces of this machine (root and iproute2 nee
 reference engine with two ranks and `ckpt join`, all as processes of their own. Owners' links are the narrow ones. NIXL is kept
 to TCP (UCX_TLS): between namespaces of one machine it would find shared memory.
 
-The bound is that of `p2p.assignment` for these links at their nominal rate, headers not counted. What all joins get
-in a second is taken from the counters of the owners' links while nine tenths of the bytes cross them, times the share of these bytes
-that was needed: headers and leaves that were read twice are no gain.
+The bound is that of `p2p.assignment` for these links at their nominal rate, headers not counted. What all joins get in a second
+is taken from the counters of the owners' links while nine tenths of the bytes cross them, times the share of these bytes that was
+needed: headers and leaves that were read twice are no gain.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from ckpt_core.config import Environment
 from ckpt_core.endpoint import Endpoint, EndpointOptions
 from ckpt_core.errors import EngineUnavailable
 from ckpt_core.membership import FleetVersion, Membership, Offering, OwnerEntry, OwnerRow
-from ckpt_core.p2p.offers import Offer
+from ckpt_core.p2p.offers import MAX_OFFER_BYTES, Offer
 from ckpt_core.store_records import EngineRecord
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class DirectoryClient:
     def __init__(self, url: str, options: EndpointOptions | None = None) -> None:
         environment = Environment.read()
         options = options or replace(EndpointOptions.of(environment), bearer_token=environment.directory_token)
+        options = replace(options, max_answer_bytes=MAX_OFFER_BYTES)
         self._endpoint = Endpoint(url=url.rstrip("/"), engine="directory", options=options)
 
     def __enter__(self) -> DirectoryClient:

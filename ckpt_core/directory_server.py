@@ -17,10 +17,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ckpt_core.directory import Directory
 from ckpt_core.errors import CkptError, ConfigError, EngineStateError
 from ckpt_core.membership import OwnerEntry
+from ckpt_core.p2p.offers import MAX_OFFER_BYTES
 from ckpt_core.store_records import EngineRecord
 
 _MAX_SMALL_BYTES = 1 << 20
-_MAX_OFFER_BYTES = 64 << 20  # what clients of engines take, too: some terabyte and a half
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -80,7 +80,7 @@ class DirectoryServer:
 
     async def offer(self, http: Request) -> Response:
         """See Directory.offer."""
-        body = await _body(http, _MAX_OFFER_BYTES)
+        body = await _body(http, MAX_OFFER_BYTES)
         await run_in_threadpool(self._directory.offer, *_named(http), body)
         return Response(status_code=204)
 

@@ -34,6 +34,7 @@ class EndpointOptions:
         ca_file: PEM bundle of those who may sign it; "" for the usual ones.
         client_cert, client_key: PEM files by which this side proves itself; "" for none, and for a key that is in the
             certificate's file. The key must not be encrypted.
+        max_answer_bytes: what is longer is refused.
 
     Raises:
         ConfigError: options that exclude each other.
@@ -46,6 +47,7 @@ class EndpointOptions:
     ca_file: str = ""
     client_cert: str = ""
     client_key: str = ""
+    max_answer_bytes: int = MAX_ANSWER_BYTES
 
     def __post_init__(self) -> None:
         if self.client_key and not self.client_cert:
@@ -203,9 +205,10 @@ def _read(endpoint: Endpoint, call: str, response: httpx.Response, timeout_s: fl
     deadline = time.monotonic() + timeout_s
     for part in response.iter_bytes():
         body += part
-        if len(body) > MAX_ANSWER_BYTES:
+        if len(body) > endpoint.options.max_answer_bytes:
             raise EngineError(
-                f"{endpoint}: {call} answered with more than {MAX_ANSWER_BYTES} bytes; is this an engine's server?"
+                f"{endpoint}: {call} answered with more than {endpoint.options.max_answer_bytes} bytes; "
+                "is this an engine's server?"
             )
         if time.monotonic() > deadline:
             raise httpx.ReadTimeout(f"the answer was not complete after {timeout_s:g} s", request=response.request)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from ckpt_core.directory_client import DirectoryClient
-from ckpt_core.errors import CkptError, EngineStateError
+from ckpt_core.errors import CkptError, EngineStateError, EngineUnavailable
 from ckpt_core.membership import OwnerEntry
 from ckpt_core.p2p.offers import Offer
 
@@ -55,10 +55,18 @@ class Lease:
             self._directory.leave(self._entry.instance)
 
     def offer(self, offer: Offer) -> None:
-        """Offer a version from now on; where the directory is away, as soon as it is back."""
+        """Offer a version from now on; where the directory is away, as soon as it is back.
+
+        Raises:
+            EngineError: the directory refuses it.
+        """
         with self._lock:
             self._offers[offer.digest] = offer
-        self._renew()
+        try:
+            self._directory.register(self._entry)
+            self._directory.offer(self._entry.instance, offer)
+        except EngineUnavailable as error:
+            _log.warning("%s is offered when the directory is back: %s", offer.version, error)
 
     def withdraw(self, digest: str) -> None:
         """Not any more."""

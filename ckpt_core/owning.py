@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ckpt_core.config import Environment
 from ckpt_core.directory_client import DirectoryClient
 from ckpt_core.errors import CkptError
@@ -124,9 +126,16 @@ class Owner:
                     max_bytes_per_s=self._max_bytes_per_s,
                 )
             )
-            if offer.digest in self._offers:
-                return self._offers[offer.digest][0]
-            self._offers[offer.digest] = offer, stack.pop_all()
+            if offer.digest not in self._offers:
+                self._offers[offer.digest] = offer, stack.pop_all()
+        return self._told(offer.digest, version)
+
+    def _told(self, digest: str, version: str) -> Offer:
+        """The directory knows it, by its newest label."""
+        offer, stack = self._offers[digest]
+        if version and version != offer.version:
+            offer = msgspec.structs.replace(offer, version=version)
+            self._offers[digest] = offer, stack
         if self._lease is not None:
             self._lease.offer(offer)
         return offer

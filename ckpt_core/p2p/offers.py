@@ -18,7 +18,7 @@ from ckpt_core.transport.p2p.base import Library
 
 FORMAT = 1
 _WORD_BYTES = 8
-_MAX_FILE_BYTES = 512 << 20  # a terabyte has 4 million leaves: 45 MB
+MAX_OFFER_BYTES = 512 << 20  # a terabyte has 4 million leaves: 45 MB
 
 
 class OfferedTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,7 +105,7 @@ def read_offer(path: Path) -> Offer:
         ManifestError: see Offer.manifest.
     """
     try:
-        offer = msgspec.json.decode(read_regular(path, _MAX_FILE_BYTES), type=Offer)
+        offer = msgspec.json.decode(read_regular(path, MAX_OFFER_BYTES), type=Offer)
     except OSError as error:
         raise ConfigError(f"{str(path)!r}: cannot be read ({error.strerror}); copy it here from the owner") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
