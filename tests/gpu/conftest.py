@@ -10,7 +10,7 @@ import pytest
 
 from ckpt_core.cuda import driver
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "benchmarks")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,45 +7,19 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
 import psutil
 import pytest
+from mock_ranks import LAYERS, MODEL, engine, updater
 
-import ckpt_core
 from ckpt_core.config import MIB, UpdateConfig
 from ckpt_core.errors import Outcome, UpdateAborted
 from ckpt_core.metrics import Stage
 
 pytestmark = [pytest.mark.gpu2, pytest.mark.timeout(240)]
 
-MODEL, LAYERS = "qwen3-30b-a3b", 1
 # with so small a ring a transfer takes long enough to be hit in its middle
 SLOW = UpdateConfig(ring_bytes=8 * MIB, bucket_bytes=1 * MIB, fingerprint=False, silence_timeout_s=5)
-
-
-def engine(*, cut: bool = True, one_visible: bool = True, record: bool = False):
-    from mock_engine import MockEngine, gpu_uuid
-    from mock_worker import MockOptions
-
-    options = MockOptions(
-        model=MODEL,
-        layers=LAYERS,
-        world=2,
-        device="cuda",
-        cut=cut,
-        one_visible=one_visible,
-        record=record,
-        instance=uuid4().hex,
-    )
-    return MockEngine(options, [gpu_uuid(index) for index in range(2)])
-
-
-def updater(handle, config: UpdateConfig | None = None, on_progress=None) -> ckpt_core.Updater:
-    from mock_engine import plugin
-
-    target = ckpt_core.Target(engine="mock", url="mock", handle=handle, plugin=plugin())
-    return ckpt_core.Updater([target], config=config or UpdateConfig(fingerprint=False), on_progress=on_progress)
 
 
 @pytest.fixture(scope="module")
