@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,8 +11,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
+from ckpt_core.bearer_guard import BearerGuard
 from ckpt_core.directory import Directory
 from ckpt_core.errors import CkptError, ConfigError, EngineStateError
 from ckpt_core.membership import OwnerEntry
@@ -46,7 +46,7 @@ class DirectoryServer:
             Route("/offering", self.offering, methods=["GET"]),
         ]
         app = Starlette(routes=routes, exception_handlers={CkptError: _refuse, msgspec.MsgspecError: _refuse})
-        return TokenGuard(app, token) if token else app
+        return BearerGuard(app, token, hint="set CKPT_DIRECTORY_TOKEN") if token else app
 
     async def health(self, _http: Request) -> Response:
         """Alive."""
@@ -103,23 +103,6 @@ class DirectoryServer:
             return _json(await run_in_threadpool(self._directory.offering, http.query_params.get("version", "")))
         except ConfigError as error:
             return _error(error, 404)
-
-
-class TokenGuard:
-    """Refuses requests without the token; /health stays open for load balancers."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._expected = app, f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        public = scope["type"] != "http" or scope["path"] == "/health"
-        if public or secrets.compare_digest(given, self._expected):
-            await self._app(scope, receive, send)
-            return
-        answer = JSONResponse({"error": "missing or wrong token; set CKPT_DIRECTORY_TOKEN"}, status_code=401)
-        await answer(scope, receive, send)
 
 
 class _TooLarge(ConfigError):

@@ -117,6 +117,7 @@ LINE = (
     "history",
     "readiness",
     "directory",
+    "bearer_guard",
     "directory_server",
     "serving",
     "directory_client",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import secrets
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -17,13 +16,14 @@ from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from ckpt_conformance.reference.engine import Engine
 from ckpt_conformance.reference.options import TAGS
 from ckpt_conformance.reference.requests import Event, FinishReason, Request, version_spans
 from ckpt_conformance.reference.scheduler import PAUSE_MODES
 from ckpt_conformance.reference.text import TextCodec
+from ckpt_core.bearer_guard import BearerGuard
 from ckpt_core.contract import EndpointState, PauseMode, Rendezvous
 from ckpt_core.errors import CkptError, ConfigError, EngineStateError, EngineUnavailable
 
@@ -208,23 +208,6 @@ class Server:
             "version": request.versions[-1] if request.versions else self._engine.version,
             "weight_versions": [asdict(span) for span in version_spans(request.versions)],
         }
-
-
-class BearerGuard:
-    """Refuses requests without the token; /health stays open for load balancers."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._expected = app, f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        public = scope["type"] != "http" or scope["path"] == "/health"
-        if public or secrets.compare_digest(given, self._expected):
-            await self._app(scope, receive, send)
-            return
-        body = {"error": "missing or wrong bearer token; send Authorization: Bearer TOKEN"}
-        await JSONResponse(body, status_code=401)(scope, receive, send)
 
 
 async def _result(future: Future[T], timeout_s: float | None = CONTROL_TIMEOUT_S) -> T:
