@@ -155,19 +155,17 @@ def closing_lines(report: Report) -> Iterator[str]:
 
 
 def _failure_paragraphs(results: Sequence[Result]) -> Iterator[str]:
-    """An error that stops many checks, as of a hook that is not written, is told in full once."""
-    told: dict[str, str] = {}
+    """An error that stops many checks, as of a hook that is not written, is told once."""
+    alike: dict[str, list[Result]] = {}
     for result in results:
-        if result.status not in (Status.FAILED, Status.STALE, Status.KNOWN):
-            continue
-        error = result.failure.got if result.failure is not None and result.failure.trace else ""
-        if error in told:
-            yield f"{result.check.check_id}: the same error as {told[error]}"
-            continue
-        if error:
-            told[error] = result.check.check_id
+        if result.status in (Status.FAILED, Status.STALE, Status.KNOWN):
+            error = result.failure.got if result.failure is not None and result.failure.trace else ""
+            alike.setdefault(error or result.check.check_id, []).append(result)
+    for first, *others in alike.values():
         yield ""
-        yield from failure_lines(result)
+        yield from failure_lines(first)
+        if others:
+            yield f"    the same error in {', '.join(other.check.check_id for other in others)}"
 
 
 def to_json(report: Report) -> str:

@@ -21,6 +21,7 @@ OPTIONS = {
     "inspect": ["--digest/--no-digest", "--json", "--tensors", "CHECKPOINT"],
     "join": ["--endpoint", "--engine", "--from", "--host", "--json", "--max-rate"],
     "limits": ["--json", "--seconds"],
+    "new-engine": ["--directory", "NAME"],
     "plan": [
         "--agents",
         "--bucket-mib",
