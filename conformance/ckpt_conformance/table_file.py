@@ -54,4 +54,5 @@ def _lines(report: Report, level: Level) -> Iterator[str]:
     yield ""
     yield from capability_lines(report)
     yield ""
-    yield from (f"* {text}" for text in why_not(report.results))
+    # of checks that are about a capability the table says it already
+    yield from (f"* {text}" for text in why_not([result for result in report.results if not result.check.needs]))

@@ -17,7 +17,7 @@ from ckpt_conformance.reference.harness import ReferenceHarness
 from ckpt_core.errors import ConfigError
 
 MARKERS = "<!-- ckpt-conformance: table of reference -->\n<!-- ckpt-conformance: end of the table -->\n"
-QUICK = ("core.identify_stable", "core.begin_refused_while_asleep", "core.tied_weights")
+QUICK = ("core.identify_stable", "core.begin_refused_while_asleep", "core.tied_weights", "core.sharded_slices")
 
 
 class _Bare(ReferenceHarness):
@@ -78,7 +78,10 @@ def test_the_table_says_what_was_skipped_and_why(readme: Path, monkeypatch: pyte
     text = readme.read_text()
     reason = "core.begin_refused_while_asleep: the harness does not offer sleep()"
     assert f"| SLEEP | full | - | {reason} |" in text
-    assert f"* {reason}\n* core.tied_weights: the harness has no model of kind tied\n" in text
+    assert "| TIED_WEIGHTS | full | - | core.tied_weights: the harness has no model of kind tied |" in text
+    assert [line for line in text.splitlines() if line.startswith("*")] == [
+        "* core.sharded_slices: the harness has no model of kind sharded"
+    ]
     assert "| LORA | not_implemented | - | the engine has no adapters |" in text
 
 

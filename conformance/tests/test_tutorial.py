@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,18 +70,22 @@ class Reader:
             self._write(block.text)
 
     def run(self, command: list[str], *, exit_code: int = 0) -> str:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             cwd=self._directory,
             env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=TIMEOUT_S,
-            check=False,
+            start_new_session=True,
         )
-        assert done.returncode == exit_code, f"{command[-1]}\nended with {done.returncode}:\n{done.stdout}"
-        return done.stdout
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            with suppress(ProcessLookupError):  # a server that its shell could not end
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == exit_code, f"{command[-1]}\nended with {process.returncode}:\n{output}"
+        return output
 
     def _write(self, text: str) -> None:
         first, _, rest = text.partition("\n")
@@ -158,10 +164,10 @@ def test_the_tutorial_goes_from_nothing_to_a_green_table(clean: dict[str, str], 
     reader = Reader(place, {**clean, "PORT": str(free_port())})
     for block in blocks(tutorial()):
         reader.follow(block)
+    for check in (["check"], ["format", "--check"]):
+        reader.run([sys.executable, "-m", "ruff", *check, "--no-cache", "ckpt-toy"])
     where = "import ckpt_core, ckpt_conformance, ckpt_toy; print(*(m.__path__[0] for m in (ckpt_core, ckpt_conformance, ckpt_toy)))"
     installed = (tmp_path / "venv").resolve()
-    reader.run([sys.executable, "-m", "ruff", "check", "--no-cache", "ckpt-toy"])
-    reader.run([sys.executable, "-m", "ruff", "format", "--check", "--no-cache", "ckpt-toy"])
     assert all(Path(path).resolve().is_relative_to(installed) for path in reader.run(["python", "-c", where]).split())
     assert "| LIVE_VERSION | full | yes |" in (place / "ckpt-toy" / "README.md").read_text()
     assert 'failures="0"' in (place / "report.xml").read_text()
