@@ -6,6 +6,9 @@
 #
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #
+# `make conformance conformance-vllm conformance-sglang TABLE=--write-table` writes the capability tables in READMEs anew; else
+# a table that differs from the run fails it.
+#
 # PYTHON chooses the interpreter, DEMO_FLAGS and PYTEST_FLAGS are passed on, WORKERS is how many tests run at once where no
 # engine is started, PART_TIMEOUT bounds each part of `make test`.
 #
@@ -22,6 +25,7 @@ export PYTHON
 unexport PYTHONDONTWRITEBYTECODE
 
 WORKERS ?= 2
+TABLE ?= --check-table
 VENV := .venv
 BIN := $(VENV)/bin
 PARTS := lint types unit property integration conformance conformance-trtllm faults \
@@ -85,7 +89,7 @@ integration: venv ## tests with real processes, sockets, shared memory and netwo
 
 .PHONY: conformance
 conformance: venv ## the conformance suite on the reference engine
-	$(BIN)/ckpt-conformance --engine reference --level CORE
+	$(BIN)/ckpt-conformance --engine reference --level CORE $(TABLE) conformance/README.md
 
 .PHONY: conformance-trtllm
 conformance-trtllm: venv ## the conformance suite on the stand-in for TensorRT-LLM
@@ -113,12 +117,12 @@ engines-both: venv venv-vllm venv-sglang ## one update of a vLLM and an SGLang s
 
 .PHONY: conformance-vllm
 conformance-vllm: venv-vllm ## the conformance suite on vLLM, loading directly and through its reload
-	$(VENV)-vllm/bin/ckpt-conformance --engine vllm
+	$(VENV)-vllm/bin/ckpt-conformance --engine vllm $(TABLE) plugins/vllm/README.md
 	$(VENV)-vllm/bin/ckpt-conformance --engine vllm --harness ckpt_vllm.harness:reload_harness --tier worker
 
 .PHONY: conformance-sglang
 conformance-sglang: venv-sglang ## the conformance suite on SGLang
-	$(VENV)-sglang/bin/ckpt-conformance --engine sglang
+	$(VENV)-sglang/bin/ckpt-conformance --engine sglang $(TABLE) plugins/sglang/README.md
 
 .PHONY: format
 format: venv ## let ruff mend what it can

@@ -18,7 +18,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ckpt_core import api, cli_looks, cli_p2p, cli_versions, plugins, render
+from ckpt_core import api, cli_looks, cli_new_engine, cli_p2p, cli_versions, plugins, render
 from ckpt_core import cluster as clusters
 from ckpt_core import explain as explanation
 from ckpt_core import limits as machine_limits
@@ -261,6 +261,7 @@ def demo(
 app.add_typer(cli_versions.app)
 app.add_typer(cli_looks.app)
 app.add_typer(cli_p2p.app)
+app.add_typer(cli_new_engine.app)
 
 
 def main() -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from ckpt_core.layout import Box
 
+# Raised by one when a plugin that kept the contract would no longer keep it. What may change without: conformance/README.md.
+CONTRACT_VERSION = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
@@ -27,12 +30,14 @@ class EngineInfo:
         plugin_version: version of the plugin.
         engine_version: installed version of the engine, or None where it is not installed.
         capabilities: a level for each capability the plugin knows about; the others are UNKNOWN.
+        contract: CONTRACT_VERSION that the plugin was written for, as a number and not as that name.
     """
 
     name: str
     plugin_version: str
     engine_version: str | None
     capabilities: Mapping[Capability, Support]
+    contract: int = 1
 
     def support(self, capability: Capability) -> Support:
         """Level of one capability."""

@@ -10,7 +10,7 @@ import pluggy
 
 from ckpt_core import hookspecs
 from ckpt_core.capability import Capability
-from ckpt_core.contract import EngineInfo
+from ckpt_core.contract import CONTRACT_VERSION, EngineInfo
 from ckpt_core.errors import CapabilityMismatch, PluginIncompatible, PluginNotFound
 
 ENTRY_POINT_GROUP = "ckpt_core.engines"
@@ -71,6 +71,12 @@ class EnginePlugin:
         if not isinstance(self.info, EngineInfo) or self.info.name != name:
             raise PluginIncompatible(
                 f"plugin {name!r}: ckpt_engine_info() must return an EngineInfo with name={name!r}, got {self.info!r}"
+            )
+        if self.info.contract != CONTRACT_VERSION:
+            newer = "ckpt-core" if self.info.contract > CONTRACT_VERSION else "plugin"
+            raise PluginIncompatible(
+                f"plugin {name!r} was written for version {self.info.contract} of the contract, this ckpt-core has "
+                f"{CONTRACT_VERSION}; install a newer {newer}"
             )
         for capability, hooks in _HOOKS_OF.items():
             absent = [hook for hook in hooks if not self.has(hook)]

@@ -70,7 +70,10 @@ class Harness(ABC):
     # -- required --------------------------------------------------------------------------------------------------
     @abstractmethod
     def checkpoint(self, directory: Path, kind: ModelKind, seed: int) -> Path:
-        """Write a tiny checkpoint into the directory and return its path: per kind one structure, per seed other values."""
+        """Write a tiny checkpoint into the directory and return its path: per kind one structure, per seed other values.
+
+        Of more than five tensors, so that it takes more than one bucket.
+        """
 
     @abstractmethod
     def make_worker(self, checkpoint: Path, kind: ModelKind) -> Any:

@@ -55,13 +55,20 @@ class CapabilityRow:
     Attributes:
         declared: the level the plugin claims.
         proven: "yes", "no" (a check failed), "partly" (a check was skipped), or "-" (no check ran).
-        remark: what qualifies it, or why not.
+        remark: what qualifies the claim, or why nothing is claimed.
+        why_not: where it is claimed and not wholly proven, the checks that failed or were skipped, with their reasons.
     """
 
     capability: Capability
     declared: str
     proven: str
     remark: str
+    why_not: str
+
+    @property
+    def comment(self) -> str:
+        """The last column: remark, and why not."""
+        return "; ".join(text for text in (self.remark, self.why_not) if text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +100,27 @@ def capability_rows(info: EngineInfo, results: Sequence[Result]) -> tuple[Capabi
     rows = []
     for capability in Capability:
         support = info.support(capability)
-        statuses = [result.status for result in results if capability in result.check.needs]
+        of_it = [result for result in results if capability in result.check.needs]
         rows.append(
             CapabilityRow(
-                capability=capability, declared=support.level.value, proven=_proven(statuses), remark=support.detail
+                capability=capability,
+                declared=support.level.value,
+                proven=_proven([result.status for result in of_it]),
+                remark=support.detail,
+                why_not=_why_not_wholly(of_it) if support.usable else "",
             )
         )
     return tuple(rows)
+
+
+def why_not(results: Sequence[Result]) -> tuple[str, ...]:
+    """Which checks did not pass, with the reasons; checks of one reason together."""
+    checks: dict[str, list[str]] = {}
+    for result in results:
+        if result.status is not Status.PASSED:
+            why = result.reason or ("fails" if result.status is Status.FAILED else result.status.value)
+            checks.setdefault(why, []).append(result.check.check_id)
+    return tuple(f"{', '.join(ids)}: {why}" for why, ids in checks.items())
 
 
 def result_line(result: Result) -> str:
@@ -124,16 +145,27 @@ def failure_lines(result: Result) -> Iterator[str]:
 
 def closing_lines(report: Report) -> Iterator[str]:
     """All that comes after the lines of the checks: failures, capabilities, and the summary last."""
-    for result in report.results:
-        if result.status in (Status.FAILED, Status.STALE, Status.KNOWN):
-            yield ""
-            yield from failure_lines(result)
+    yield from _failure_paragraphs(report.results)
     yield ""
-    yield f"{'capability':18}{'declared':17}{'proven':8}remark"
+    yield f"{'capability':18}{'declared':17}{'proven':8}why not, or remark"
     for row in report.capabilities:
-        yield f"{row.capability.name:18}{row.declared:17}{row.proven:8}{row.remark}".rstrip()
+        yield f"{row.capability.name:18}{row.declared:17}{row.proven:8}{row.comment}".rstrip()
     yield ""
     yield report.summary
+
+
+def _failure_paragraphs(results: Sequence[Result]) -> Iterator[str]:
+    """An error that stops many checks, as of a hook that is not written, is told once."""
+    alike: dict[str, list[Result]] = {}
+    for result in results:
+        if result.status in (Status.FAILED, Status.STALE, Status.KNOWN):
+            error = result.failure.got if result.failure is not None and result.failure.trace else ""
+            alike.setdefault(error or result.check.check_id, []).append(result)
+    for first, *others in alike.values():
+        yield ""
+        yield from failure_lines(first)
+        if others:
+            yield f"    the same error in {', '.join(other.check.check_id for other in others)}"
 
 
 def to_json(report: Report) -> str:
@@ -152,6 +184,7 @@ def to_json(report: Report) -> str:
                     "declared": row.declared,
                     "proven": row.proven,
                     "remark": row.remark,
+                    "why_not": row.why_not,
                 }
                 for row in report.capabilities
             ],
@@ -166,10 +199,15 @@ def to_markdown(report: Report) -> str:
     for result in report.results:
         remark = result.reason or (result.failure.got if result.failure else "")
         lines.append(f"| `{result.check.check_id}` | {result.status.value} | {_cell(remark)} |")
-    lines += ["", "| capability | declared | proven | remark |", "|---|---|---|---|"]
+    return "\n".join([*lines, "", *capability_lines(report), "", report.summary, ""])
+
+
+def capability_lines(report: Report) -> Iterator[str]:
+    """The capability table as Markdown."""
+    yield "| capability | declared | proven | why not, or remark |"
+    yield "|---|---|---|---|"
     for row in report.capabilities:
-        lines.append(f"| {row.capability.name} | {row.declared} | {row.proven} | {_cell(row.remark)} |")
-    return "\n".join([*lines, "", report.summary, ""])
+        yield f"| {row.capability.name} | {row.declared} | {row.proven} | {_cell(row.comment)} |"
 
 
 def to_junit(report: Report) -> str:
@@ -204,6 +242,10 @@ def _proven(statuses: Sequence[Status]) -> str:
     if not ran:
         return "-"
     return "yes" if len(ran) == len(statuses) else "partly"
+
+
+def _why_not_wholly(results: Sequence[Result]) -> str:
+    return "; ".join(why_not(results)) if results else "no check of it ran"
 
 
 def _result_object(result: Result) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TypeAlias
 
 from ckpt_conformance.bench import Bench
 from ckpt_conformance.checks.checkpoints import CheckpointStore
@@ -16,11 +18,12 @@ from ckpt_conformance.checks.registry import Check, CheckFailed, load_all
 from ckpt_conformance.harness import Harness, NotOffered
 from ckpt_conformance.levels import Level, Tier
 from ckpt_conformance.report import Failure, Report, Result, Status, capability_rows
-from ckpt_core.errors import CkptError, ConfigError, PluginNotFound
+from ckpt_core.errors import ConfigError, PluginNotFound
 from ckpt_core.plugins import EnginePlugin
 
 ENTRY_POINT_GROUP = "ckpt_core.conformance"
 _TRACE_LINES = 12
+RunCheck: TypeAlias = Callable[[Check], Result]
 
 
 def find_harness(engine: str, location: str = "") -> Harness:
@@ -85,25 +88,38 @@ class Runner:
         self._try_all = try_all
         self._on_result = on_result or (lambda _: None)
 
-    def run(self, checks: Sequence[Check]) -> Report:
-        """Run them all, in a directory that is removed afterwards.
+    @contextmanager
+    def opened(self) -> Iterator[RunCheck]:
+        """What runs one check; the plugin is loaded once, and checkpoints are made once, in a directory that is removed.
 
         Raises:
             PluginError: the plugin cannot be loaded; no check can run.
+            ConfigError: a known failure of a check that does not exist.
         """
+        _check_known(self._harness)
         plugin = self._harness.plugin()
-        results = []
         with tempfile.TemporaryDirectory(prefix="ckpt-conformance-") as directory:
             store = CheckpointStore(self._harness, Path(directory))
+            yield lambda check: self._run_one(check, plugin, store)
+
+    def run(self, checks: Sequence[Check]) -> Report:
+        """Run them all.
+
+        Raises:
+            PluginError, ConfigError: see `opened`.
+        """
+        results = []
+        with self.opened() as run_check:
             for check in checks:
-                results.append(self._run_one(check, plugin, store))
+                results.append(run_check(check))
                 self._on_result(results[-1])
+        info = self._harness.plugin().info
         return Report(
-            engine=plugin.info.name,
-            plugin_version=plugin.info.plugin_version,
-            engine_version=plugin.info.engine_version or "",
+            engine=info.name,
+            plugin_version=info.plugin_version,
+            engine_version=info.engine_version or "",
             results=tuple(results),
-            capabilities=capability_rows(plugin.info, results),
+            capabilities=capability_rows(info, results),
         )
 
     def _run_one(self, check: Check, plugin: EnginePlugin, store: CheckpointStore) -> Result:
@@ -138,6 +154,13 @@ class Runner:
         return ""
 
 
+def _check_known(harness: Harness) -> None:
+    if unknown := sorted(set(harness.known_failures) - {check.check_id for check in load_all()}):
+        raise ConfigError(
+            f"known_failures of {harness.engine!r} names {', '.join(unknown)}: no such check; strike it off"
+        )
+
+
 def _attempt(check: Check, bench: Bench) -> Failure | None:
     try:
         with bench:
@@ -150,10 +173,9 @@ def _attempt(check: Check, bench: Bench) -> Failure | None:
         )
     except Exception as error:  # noqa: BLE001 whatever an engine raises is a result, and the next check must run
         lines = "".join(traceback.format_exception(error)).splitlines()[-_TRACE_LINES:]
-        got = str(error) if isinstance(error, CkptError) else repr(error)
         return Failure(
             expected="no error here",
-            got=f"{type(error).__name__}: {got}",
+            got=f"{type(error).__name__}: {error}",
             model=bench.kind.value,
             trace="\n".join(lines),
         )

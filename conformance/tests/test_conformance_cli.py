@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -22,6 +24,7 @@ from ckpt_core.errors import ConfigError, PluginNotFound
 
 Use: TypeAlias = Callable[[Harness], None]
 QUICK = "core.identify_stable"
+TIMEOUT_S = 60
 LYING = ReferenceHarness(LyingAbort)
 
 
@@ -110,6 +113,20 @@ def test_list_names_every_check_and_its_rule() -> None:
     assert result.exit_code == 0
     assert "core.server_update" in result.output
     assert result.output.splitlines()[-1] == "1 checks"
+
+
+def test_the_order_of_checks_is_that_of_their_topics_whatever_was_imported_first() -> None:
+    program = (
+        "import ckpt_conformance.checks.server, ckpt_conformance.checks.abort\n"
+        "from ckpt_conformance.checks.registry import load_all\n"
+        "print(*(check.check_id for check in load_all()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+    )
+    listed = [line.split()[0] for line in run("--list").output.splitlines() if line.startswith("core.")]
+    assert [name for name in done.stdout.split() if name.startswith("core.")] == listed
+    assert listed[0] == "core.plugin_loads"
 
 
 def test_unknown_check_and_engine_are_refused() -> None:

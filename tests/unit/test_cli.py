@@ -45,6 +45,7 @@ OPTIONS = {
     ],
     "limits": ["--json", "--seconds"],
     "owners": ["--directory", "--json"],
+    "new-engine": ["--directory", "NAME"],
     "plan": [
         "--agents",
         "--bucket-mib",

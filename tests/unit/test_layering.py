@@ -144,6 +144,7 @@ LINE = (
     "cli_versions",
     "cli_looks",
     "cli_p2p",
+    "cli_new_engine",
     "cli",
 )
 LAYERS = (*FOUNDATION, *LINE)

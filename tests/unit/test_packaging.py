@@ -95,11 +95,11 @@ def test_the_wheel_has_exactly_the_five_packages(wheel: Path) -> None:
     assert {name for name in top if not name.endswith(".dist-info")} == set(PACKAGE_ROOTS)
 
 
-def test_the_wheel_has_every_module_and_no_test(wheel: Path, tree: Path) -> None:
+def test_the_wheel_has_every_module_and_template_and_no_test(wheel: Path, tree: Path) -> None:
     expected = {
         path.relative_to(tree / root).as_posix()
         for package, root in PACKAGE_ROOTS.items()
-        for pattern in ("*.py", "py.typed")
+        for pattern in ("*.py", "py.typed", "*.template")
         for path in (tree / root / package).rglob(pattern)
     }
     assert {name for name in names_of(wheel) if ".dist-info/" not in name} == expected

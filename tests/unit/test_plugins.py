@@ -1,5 +1,6 @@
 """Plugins that break the contract are refused when they are loaded, with what to mend."""
 
+import dataclasses
 import types
 from importlib.metadata import EntryPoint
 
@@ -7,7 +8,7 @@ import pytest
 
 from ckpt_core import hookspecs, plugins
 from ckpt_core.capability import FULL, Capability, not_implemented, versioned
-from ckpt_core.contract import EngineInfo
+from ckpt_core.contract import CONTRACT_VERSION, EngineInfo
 from ckpt_core.errors import CapabilityMismatch, PluginError, PluginIncompatible, PluginNotFound
 from ckpt_core.hookspecs import hookimpl
 from ckpt_core.plugins import EnginePlugin
@@ -107,6 +108,12 @@ def test_a_hook_may_take_fewer_arguments():
 def test_it_must_say_its_own_name(says):
     with pytest.raises(PluginIncompatible, match=r"must return an EngineInfo with name='toy'"):
         load(says=says)
+
+
+@pytest.mark.parametrize(("contract", "newer"), [(CONTRACT_VERSION + 1, "ckpt-core"), (CONTRACT_VERSION - 1, "plugin")])
+def test_a_plugin_for_another_contract_is_refused(contract, newer):
+    with pytest.raises(PluginIncompatible, match=f"version {contract} of the contract.*install a newer {newer}"):
+        load(says=dataclasses.replace(info(), contract=contract))
 
 
 def test_a_plugin_that_cannot_say_who_it_is_is_refused():

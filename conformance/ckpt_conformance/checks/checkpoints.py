@@ -43,7 +43,7 @@ class CheckpointStore:
         key = (kind, seed)
         if key not in self._known:
             place = self._directory / f"{kind.value}-{seed}"
-            place.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)  # a harness that failed may be asked again
             self._known[key] = _read(self._harness.checkpoint(place, kind, seed))
         return self._known[key]
 
