@@ -6,7 +6,7 @@
 #
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #
-# `make conformance conformance-vllm conformance-sglang TABLE=--write-table` writes the capability tables in READMEs anew; else
+# `make conformance conformance-trtllm conformance-vllm conformance-sglang TABLE=--write-table` writes the capability tables in READMEs anew; else
 # a table that differs from the run fails it.
 #
 # PYTHON chooses the interpreter, DEMO_FLAGS and PYTEST_FLAGS are passed on, WORKERS is how many tests run at once where no
@@ -93,7 +93,7 @@ conformance: venv ## the conformance suite on the reference engine
 
 .PHONY: conformance-trtllm
 conformance-trtllm: venv ## the conformance suite on the stand-in for TensorRT-LLM
-	$(BIN)/ckpt-conformance --engine trtllm
+	$(BIN)/ckpt-conformance --engine trtllm $(TABLE) plugins/trtllm/README.md
 
 .PHONY: faults
 faults: venv ## every fault at every step of an update: prints the table, writes docs/fault-matrix.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -11,6 +12,9 @@ import pytest
 from ckpt_core.config import Environment
 from ckpt_core.errors import ConfigError
 from ckpt_core.history import pool_directory
+
+# shells start background jobs with Ctrl-C ignored; tests interrupt themselves
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -267,13 +267,11 @@ def test_an_answer_without_end_is_cut(start, connect):
     assert server.sent < MAX_ANSWER_BYTES * 2
 
 
-def test_an_answer_may_be_as_large_as_that(start, connect, monkeypatch):
+def test_an_answer_may_be_as_large_as_that(start, connect):
     server = start()
-    monkeypatch.setattr(module, "MAX_ANSWER_BYTES", 2)
-    assert connect(server.url).request("GET", "/").content == b"{}"
-    monkeypatch.setattr(module, "MAX_ANSWER_BYTES", 1)
+    assert connect(server.url, max_answer_bytes=2).request("GET", "/").content == b"{}"
     with pytest.raises(EngineError, match="more than 1 bytes"):
-        connect(server.url).request("GET", "/")
+        connect(server.url, max_answer_bytes=1).request("GET", "/")
 
 
 def test_an_answer_that_drips_ends_with_the_deadline(start, connect):

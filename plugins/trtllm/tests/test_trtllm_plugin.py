@@ -3,11 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from ckpt_conformance.report import Report, capability_rows, to_markdown
 from ckpt_core.capability import Capability
 from ckpt_core.config import child_environment
 from ckpt_core.plugins import EnginePlugin
@@ -106,21 +104,3 @@ def test_an_extension_whose_names_clash_is_refused_as_by_the_engine():
 
     with pytest.raises(ValueError, match="ckpt_attach"):
         with_extension(Worker, "ckpt_trtllm.extension.CkptWorkerExtension")
-
-
-def test_the_readme_has_the_table_that_the_suite_prints():
-    """As declared here; what was proven is the run's."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    printed = Report(
-        engine="trtllm",
-        plugin_version="",
-        engine_version="",
-        results=(),
-        capabilities=capability_rows(own_plugin().info, ()),
-    )
-    rows = {tuple(cells) for line in readme.splitlines() if len(cells := line.strip("| ").split(" | ")) == 4}
-    told = {(name, level, remark) for name, level, _, remark in rows}
-    for line in to_markdown(printed).splitlines():
-        cells = line.strip("| ").split(" | ")
-        if cells[0] in Capability.__members__:
-            assert (cells[0], cells[1], cells[3]) in told
