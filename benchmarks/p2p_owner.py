@@ -26,6 +26,11 @@ class Exporter:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def move(self, core: int) -> None:
+        """Run all its threads there from now on."""
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {core})
+
 
 @contextmanager
 def exporting(checkpoint: Path, out: Path, library: Library, *, prefix: Sequence[str] = ()) -> Iterator[Exporter]:
