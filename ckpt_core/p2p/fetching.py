@@ -1,7 +1,7 @@
 """The loop of an agent whose bytes are in other hosts' memory: read ahead, prove, copy into the ring, while ranks pull from it.
 
 The leaves of a bucket are read into a slot of host memory that was registered once, from as many owners as there are, and compared
-with the digests of the version. A thread compares: over shared memory and TCP the calls that read copy, too, and the two would add up.
+with the digests of the version. A thread compares: over shared memory the calls that read copy as well, and the two would add up.
 What is damaged is read again from another owner, and so is what was asked of one that is gone. One that neither delivers nor fails
 (stopped, cut off) is given up; the slot is not used again, because its bytes may still come.
 """
