@@ -62,7 +62,7 @@ class Fetch:
         self._todo: deque[Chunk] = deque()
         self._on_way: list[Chunk] = []
         self._prover: ThreadPoolExecutor  # while it runs
-        self._proving: deque[tuple[IncomingBucket, Future[list[Chunk]]]] = deque()
+        self._proving: deque[Future[list[Chunk]]] = deque()
         self._stray: list[Chunk] = []  # given up: they may still land
         self._granted: Chunk | None = None  # by the limit, for when it may be asked for
         self._not_before = 0.0
@@ -139,6 +139,7 @@ class Fetch:
 
     def _collect(self) -> bool:
         on_way, self._on_way = self._on_way, []
+        came: list[Chunk] = []
         moved = False
         for chunk in on_way:
             try:
@@ -151,20 +152,19 @@ class Fetch:
                     self._on_way.append(chunk)
                     continue
                 self._owners.ended(chunk.owner, chunk.size_bytes, None)
-                # one thread, in order: nobody else writes to a bucket whose chunks are on their way
-                self._proving.append((chunk.bucket, self._prover.submit(chunk.bucket.take, chunk)))
+                came.append(chunk)
             moved = True
+        if came:
+            self._proving.append(self._prover.submit(_compared, came))
         silent = [chunk for chunk in self._on_way if self._owners.silent_s(chunk.owner, chunk.began) > self._stalled_s]
         return self._give_up(silent) or moved
 
     def _settle(self) -> bool:
-        """What was compared and is not right is read again, unless its bucket began anew."""
+        """What was compared and is wrong is read again, unless its bucket began anew meanwhile."""
         moved = False
-        while self._proving and self._proving[0][1].done():
-            bucket, proof = self._proving.popleft()
-            again = proof.result()
-            if again and bucket in self._buckets:
-                self._todo.extendleft(reversed(again))
+        while self._proving and self._proving[0].done():
+            again = [chunk for chunk in self._proving.popleft().result() if chunk.bucket in self._buckets]
+            self._todo.extendleft(reversed(again))
             moved = True
         return moved
 
@@ -198,6 +198,11 @@ class Fetch:
             self._copying.append(bucket)
             self._filled += 1
         return self._filled > filled
+
+
+def _compared(came: Sequence[Chunk]) -> list[Chunk]:
+    """What is to be read again. By one thread, in order: nobody else writes to a bucket whose chunks are on their way."""
+    return [again for chunk in came for again in chunk.bucket.take(chunk)]
 
 
 def _ended(chunk: Chunk) -> bool:
