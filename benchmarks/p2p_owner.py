@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpu_sampler import cpu_s
+
 from ckpt_core.config import child_environment
 from ckpt_core.transport.p2p.base import Library
 
@@ -22,9 +24,8 @@ class Exporter:
     offer: Path
 
     def cpu_s(self) -> float:
-        """CPU time of the process since it started, in user and kernel mode."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU time since it started."""
+        return cpu_s(self.pid)
 
     def move(self, core: int) -> None:
         """Run all its threads there from now on."""

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+from cpu_sampler import CpuSampler, Window
 from p2p_owner import Exporter, exporting
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +44,6 @@ from ckpt_core.p2p.peers import Peers
 from ckpt_core.targets import Target
 from ckpt_core.transport.p2p.base import Library
 
-Window = tuple[float, float]  # of `time.monotonic()`, which is that of the machine
 MODEL = {"hidden": 1024, "heads": 16, "kv_heads": 16, "head_dim": 64, "intermediate": 4096}
 OWNER_CORE, JOINER_CORE = 0, 1
 CLIENTS, TOKENS = 4, 16
@@ -59,7 +59,7 @@ class Row:
         core: that of the owner.
         seconds: of the windows.
         read_gb_s: what joins read in them.
-        owner_core: CPU time of the owner by seconds of the windows.
+        owner_core, engine_core: CPU time of the owner, and of the engine that serves, by seconds of the windows.
     """
 
     library: str
@@ -70,6 +70,13 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     read_gb_s: list[float] = field(default_factory=list)
     owner_core: list[float] = field(default_factory=list)
+    engine_core: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_core_s(self) -> float:
+        """Tokens by second of CPU time that engine and owner had: others on the machine change little in it (median)."""
+        given = zip(self.tokens_s, self.engine_core, self.owner_core, strict=True)
+        return statistics.median(tokens / (engine + owner) for tokens, engine, owner in given)
 
 
 class Load:
@@ -116,6 +123,8 @@ class Bench:
 
     load: Load
     owner: Exporter
+    owner_cpu: CpuSampler
+    engine_cpu: CpuSampler
     joins: Callable[[float], Window]
     size_bytes: int
     least_s: float
@@ -127,6 +136,7 @@ def main() -> None:
     os.environ.setdefault("UCX_TLS", "tcp")
     os.sched_setaffinity(0, {JOINER_CORE})
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ["CKPT_STATE_DIR"] = scratch
         given = make_tiny(Path(scratch) / "given", seed=1, layers=options.layers, **MODEL)
         served = make_tiny(Path(scratch) / "served", seed=2, layers=options.served_layers, **MODEL)
         rows = [
@@ -168,8 +178,18 @@ def measured(library: Library, given: Path, served: Path, options: argparse.Name
         joins = partial(join_elsewhere, process, joining.url, owner.offer)
         joins(0.0)
         load = Load(serving.url)
-        stack.enter_context(load.running())
-        bench = Bench(load=load, owner=owner, joins=joins, size_bytes=checkpoint_bytes(given), least_s=options.least_s)
+        owner_cpu, engine_cpu = CpuSampler([owner.pid]), CpuSampler([serving.pid, *serving.rank_pids])
+        for what in (load, owner_cpu, engine_cpu):
+            stack.enter_context(what.running())
+        bench = Bench(
+            load=load,
+            owner=owner,
+            owner_cpu=owner_cpu,
+            engine_cpu=engine_cpu,
+            joins=joins,
+            size_bytes=checkpoint_bytes(given),
+            least_s=options.least_s,
+        )
         for _ in range(options.repeats):
             for row in rows:
                 measure(bench, row)
@@ -190,15 +210,14 @@ def settings(library: Library, rates: Sequence[float]) -> list[Row]:
 def measure(bench: Bench, row: Row) -> None:
     """One more place in the lists of a row."""
     bench.owner.move(row.core)
-    cpu_s = bench.owner.cpu_s()
     windows = joined(bench, row.gb_s) if row.gb_s is not None else [idled(bench, row.setting == "owner stopped")]
-    cpu_s = bench.owner.cpu_s() - cpu_s
     time.sleep(1.0)  # requests that were under way at the end are answered
     seconds = sum(last - first for first, last in windows)
     row.seconds.append(seconds)
     row.tokens_s.append(bench.load.tokens(windows) / seconds)
     row.read_gb_s.append(0.0 if row.gb_s is None else bench.size_bytes * len(windows) / seconds / 1e9)
-    row.owner_core.append(cpu_s / seconds)
+    row.owner_core.append(bench.owner_cpu.within(windows) / seconds)
+    row.engine_core.append(bench.engine_cpu.within(windows) / seconds)
 
 
 def idled(bench: Bench, stopped: bool) -> Window:
@@ -249,7 +268,17 @@ def table(rows: Sequence[Row], size_bytes: int) -> Table:
     made = Table(
         title=f"a version of {size_bytes / 1e9:.2f} GB, read from an owner on the core of an engine that serves"
     )
-    for name in ("library", "setting", "tokens/s", "drop", "join GB/s", "owner's share of the core", "window s"):
+    for name in (
+        "library",
+        "setting",
+        "tokens/s",
+        "drop",
+        "per CPU s",
+        "drop",
+        "join GB/s",
+        "owner's core",
+        "window s",
+    ):
         made.add_column(name, justify="left" if name == "setting" else "right")
     for row in rows:
         quiet = next(one for one in rows if one.library == row.library and one.setting == "no join")
@@ -259,6 +288,8 @@ def table(rows: Sequence[Row], size_bytes: int) -> Table:
             row.setting,
             f"{rate:.1f}",
             f"{1 - rate / statistics.median(quiet.tokens_s):.1%}",
+            f"{row.tokens_core_s:.1f}",
+            f"{1 - row.tokens_core_s / quiet.tokens_core_s:.1%}",
             f"{statistics.median(row.read_gb_s):.3f}" if row.gb_s is not None else "",
             f"{statistics.median(row.owner_core):.1%}",
             f"{statistics.median(row.seconds):.1f}",
