@@ -1,9 +1,8 @@
 """The loop of an agent whose bytes are in other hosts' memory: read ahead, prove, copy into the ring, while ranks pull from it.
 
 The leaves of a bucket are read into a slot of host memory that was registered once, from as many owners as there are, and compared
-with the digests of the version. A thread compares: over shared memory the calls that read copy as well, and the two would add up.
-What is damaged is read again from another owner, and so is what was asked of one that is gone. One that neither delivers nor fails
-(stopped, cut off) is given up; the slot is not used again, because its bytes may still come.
+with the digests of the version. What is damaged is read again from another owner, and so is what was asked of one that is gone. One
+that neither delivers nor fails (stopped, cut off) is given up; the slot is not used again, because its bytes may still come.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 from ckpt_core.device import HostBytes
 from ckpt_core.errors import PeerLost, TransferTimeout
@@ -61,8 +59,6 @@ class Fetch:
         self._copying: deque[IncomingBucket] = deque()
         self._todo: deque[Chunk] = deque()
         self._on_way: list[Chunk] = []
-        self._prover: ThreadPoolExecutor  # while it runs
-        self._proving: deque[Future[list[Chunk]]] = deque()
         self._stray: list[Chunk] = []  # given up: they may still land
         self._granted: Chunk | None = None  # by the limit, for when it may be asked for
         self._not_before = 0.0
@@ -75,8 +71,12 @@ class Fetch:
             PeerLost: no owner is left that gives the right bytes.
         """
         start = time.perf_counter()
-        with ThreadPoolExecutor(1, "digests") as self._prover:
-            self._run(poller)
+        last = self._steps[-1].seq if self._steps else 0
+        while self._filled < len(self._steps) or self._writer.advance() < last or self._writer.done() < last:
+            if not self._turn():
+                time.sleep(_NAP_S)
+                self._idle_s += _NAP_S
+            poller.check_now_and_then(f"bytes from {self._owners}, or ranks to read bucket {self._filled}")
         return AgentStats(
             sent_bytes=sum(step.bucket.size_bytes for step in self._steps),
             copy_s=self._copy_s,
@@ -90,17 +90,9 @@ class Fetch:
         self._stray = [chunk for chunk in self._stray if not _ended(chunk)]
         return bool(self._stray or self._on_way)
 
-    def _run(self, poller: Poller) -> None:
-        last = self._steps[-1].seq if self._steps else 0
-        while self._filled < len(self._steps) or self._writer.advance() < last or self._writer.done() < last:
-            if not self._turn():
-                time.sleep(_NAP_S)
-                self._idle_s += _NAP_S
-            poller.check_now_and_then(f"bytes from {self._owners}, or ranks to read bucket {self._filled}")
-
     def _turn(self) -> bool:
         """Do all that can be done now. Whether that was anything."""
-        moved = self._begin() | self._ask() | self._collect() | self._settle() | self._fill()
+        moved = self._begin() | self._ask() | self._collect() | self._fill()
         published = self._writer.advance()
         while self._copying and self._copying[0].step.seq <= published:
             self._free.append(self._copying.popleft().slot)
@@ -139,7 +131,6 @@ class Fetch:
 
     def _collect(self) -> bool:
         on_way, self._on_way = self._on_way, []
-        came: list[Chunk] = []
         moved = False
         for chunk in on_way:
             try:
@@ -152,21 +143,10 @@ class Fetch:
                     self._on_way.append(chunk)
                     continue
                 self._owners.ended(chunk.owner, chunk.size_bytes, None)
-                came.append(chunk)
+                self._todo.extendleft(reversed(chunk.bucket.take(chunk)))
             moved = True
-        if came:
-            self._proving.append(self._prover.submit(_compared, came))
         silent = [chunk for chunk in self._on_way if self._owners.silent_s(chunk.owner, chunk.began) > self._stalled_s]
         return self._give_up(silent) or moved
-
-    def _settle(self) -> bool:
-        """What was compared and is wrong is read again, unless its bucket began anew meanwhile."""
-        moved = False
-        while self._proving and self._proving[0].done():
-            again = [chunk for chunk in self._proving.popleft().result() if chunk.bucket in self._buckets]
-            self._todo.extendleft(reversed(again))
-            moved = True
-        return moved
 
     def _give_up(self, stalled: Sequence[Chunk]) -> bool:
         """Their owners are not asked again, and their buckets begin anew elsewhere."""
@@ -198,11 +178,6 @@ class Fetch:
             self._copying.append(bucket)
             self._filled += 1
         return self._filled > filled
-
-
-def _compared(came: Sequence[Chunk]) -> list[Chunk]:
-    """What is to be read again. By one thread, in order: nobody else writes to a bucket whose chunks are on their way."""
-    return [again for chunk in came for again in chunk.bucket.take(chunk)]
 
 
 def _ended(chunk: Chunk) -> bool:
