@@ -103,7 +103,8 @@ class Ours:
         self._library, self._owners = library, index.remote.owners
         self._leaves = Leaves(index.extents, index.remote.leaves)
         self._plan = plan_of(index, bucket_mib)
-        room = max(slot_bytes(covers_of(step, index.extents)) for step in self._plan.steps)
+        self._covers = [covers_of(step, index.extents) for step in self._plan.steps]
+        room = max(map(slot_bytes, self._covers))
         self._slots = Slots(_SLOTS, room, CpuDevice())
         library.expose(Memory(address=self._slots.free[0].ctypes.data, size_bytes=_SLOTS * room))
 
@@ -112,6 +113,7 @@ class Ours:
         fetch = Fetch(
             self._leaves,
             self._plan.steps,
+            self._covers,
             owners=Owners(self._library, self._owners),
             slots=self._slots.free,
             spare=self._no_spare,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ckpt_core.device import HostBytes
 from ckpt_core.errors import PeerLost, TransferTimeout
+from ckpt_core.p2p.covers import Cover
 from ckpt_core.p2p.incoming_bucket import Chunk, IncomingBucket, Leaves
 from ckpt_core.p2p.owners import Owners
 from ckpt_core.p2p.rate import TokenBucket
@@ -31,6 +32,7 @@ class Fetch:
     Args:
         leaves: of the version.
         steps: of this agent, in order of seq.
+        covers: of each of them; see covers_of.
         slots: registered memory, each for the leaves of any bucket.
         spare: makes one more.
         limit: of what this agent reads; None for none.
@@ -41,6 +43,7 @@ class Fetch:
         self,
         leaves: Leaves,
         steps: Sequence[Step],
+        covers: Sequence[tuple[Cover, ...]],
         *,
         owners: Owners,
         slots: Sequence[HostBytes],
@@ -50,7 +53,7 @@ class Fetch:
         spans: SpanRecorder | None = None,
         stalled_s: float = 10.0,
     ) -> None:
-        self._leaves, self._steps, self._owners = leaves, steps, owners
+        self._leaves, self._steps, self._covers, self._owners = leaves, steps, covers, owners
         self._free, self._spare = list(slots), spare
         self._writer, self._limit, self._spans = writer, limit, spans or Unrecorded()
         self._stalled_s = stalled_s
@@ -102,7 +105,8 @@ class Fetch:
     def _begin(self) -> bool:
         begun = self._begun
         while self._begun < len(self._steps) and self._free:
-            bucket = IncomingBucket(self._steps[self._begun], self._free.pop(), self._leaves)
+            number = self._begun
+            bucket = IncomingBucket(self._steps[number], self._covers[number], self._free.pop(), self._leaves)
             self._buckets.append(bucket)
             self._todo.extend(bucket.chunks())
             self._begun += 1
@@ -161,7 +165,7 @@ class Fetch:
                 self._owners.dropped(chunk.owner, chunk.size_bytes)
         self._todo = deque(chunk for chunk in self._todo if id(chunk.bucket) not in buckets)
         for bucket in reversed(buckets.values()):
-            fresh = IncomingBucket(bucket.step, self._spare(), self._leaves)
+            fresh = IncomingBucket(bucket.step, bucket.covers, self._spare(), self._leaves)
             self._buckets[self._buckets.index(bucket)] = fresh
             self._todo.extendleft(reversed([*fresh.chunks()]))
         return bool(stalled)

@@ -11,7 +11,7 @@ import numpy as np
 from ckpt_core.device import DevicePart, HostBytes
 from ckpt_core.errors import VerificationError
 from ckpt_core.leaf_digest import Digests, leaf_count
-from ckpt_core.p2p.covers import Cover, covers_of
+from ckpt_core.p2p.covers import Cover
 from ckpt_core.p2p.owners import CHUNK_BYTES, Owners
 from ckpt_core.plan import Step
 from ckpt_core.source import Extent
@@ -83,9 +83,8 @@ class IncomingBucket:
         wrong: by cover: owners whose bytes were not what they should be.
     """
 
-    def __init__(self, step: Step, slot: HostBytes, leaves: Leaves) -> None:
-        self.step, self.slot = step, slot
-        self.covers: tuple[Cover, ...] = covers_of(step, leaves.extents)
+    def __init__(self, step: Step, covers: tuple[Cover, ...], slot: HostBytes, leaves: Leaves) -> None:
+        self.step, self.covers, self.slot = step, covers, slot
         self.wrong: list[frozenset[str]] = [frozenset()] * len(self.covers)
         self._leaves = leaves
         self._left = [cover.size_bytes for cover in self.covers]

@@ -50,10 +50,12 @@ class RemoteSource:
         self, steps: Sequence[Step], *, writer: RingWriter, poller: Poller, spans: SpanRecorder | None
     ) -> AgentStats:
         """See Fetch."""
-        room = max((slot_bytes(covers_of(step, self._leaves.extents)) for step in steps), default=0)
+        covers = [covers_of(step, self._leaves.extents) for step in steps]
+        room = max(map(slot_bytes, covers), default=0)
         self._fetch = Fetch(
             self._leaves,
             steps,
+            covers,
             owners=Owners(self._library, self._remote.owners, first=self._agent, readers=self._agents),
             slots=self._room(_SLOTS, room),
             spare=lambda: self._room(1, room)[0],

@@ -84,7 +84,8 @@ def join(version):
             manifest = Manifest.from_index(remote)
             ring = max(1 << 20, bucket_bytes)
             plan = make_plan(manifest, [whole_layout(manifest)], agents=1, ring_bytes=ring, bucket_bytes=bucket_bytes)
-            room = max(slot_bytes(covers_of(step, remote.extents)) for step in plan.steps)
+            covers = [covers_of(step, remote.extents) for step in plan.steps]
+            room = max(map(slot_bytes, covers))
 
             def slot():
                 made = np.zeros(room, dtype=np.uint8)
@@ -96,6 +97,7 @@ def join(version):
             fetch = Fetch(
                 Leaves(remote.extents, remote.remote.leaves),
                 plan.steps,
+                covers,
                 owners=owners,
                 slots=[slot() for _ in range(slots)],
                 spare=slot,
