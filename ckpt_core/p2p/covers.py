@@ -41,14 +41,15 @@ class Cover:
         start = self.at_byte + self.skip_bytes
         return slot[start : start + self.piece_bytes]
 
-    def check(self, slot: HostBytes, extent: Extent, expected: Digests) -> None:
-        """Compare what arrived with the digests of the tensor's leaves.
+    def check(self, slot: HostBytes, at_byte: int, size_bytes: int, extent: Extent, expected: Digests) -> None:
+        """Compare a range of what arrived, of whole leaves, with the digests of the tensor's leaves.
 
         Raises:
             VerificationError: a leaf differs.
         """
-        first = self.first_byte // LEAF_BYTES
-        found = leaves_of(slot[self.at_byte : self.at_byte + self.size_bytes])
+        first = (self.first_byte + at_byte) // LEAF_BYTES
+        start = self.at_byte + at_byte
+        found = leaves_of(slot[start : start + size_bytes])
         wrong = np.flatnonzero(found != expected[first : first + len(found)])
         if len(wrong):
             leaf = first + int(wrong[0])

@@ -116,7 +116,7 @@ class Fetch:
         asked = False
         while self._todo:
             chunk = self._todo[0]
-            name = chunk.whom(self._owners)
+            name = self._owners.next(chunk.wrong)
             if name is None or not self._may_ask(chunk):
                 break
             self._todo.popleft()
@@ -147,7 +147,8 @@ class Fetch:
                     self._on_way.append(chunk)
                     continue
                 self._owners.ended(chunk.owner, chunk.size_bytes, None)
-                self._todo.extendleft(reversed(chunk.bucket.take(chunk)))
+                if (again := chunk.bucket.take(chunk)) is not None:
+                    self._todo.appendleft(again)
             moved = True
         silent = [chunk for chunk in self._on_way if self._owners.silent_s(chunk.owner, chunk.began) > self._stalled_s]
         return self._give_up(silent) or moved

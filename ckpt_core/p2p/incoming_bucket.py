@@ -1,4 +1,4 @@
-"""One bucket that is read from other hosts: its leaves in a slot, in chunks, each cover proved when all of it is there."""
+"""One bucket that is read from other hosts: its leaves in a slot, in chunks of whole leaves, each proved as it arrives."""
 
 from __future__ import annotations
 
@@ -39,38 +39,38 @@ class Leaves:
 
 
 class Chunk:
-    """A range of a cover: to be read, or being read.
+    """A range of a cover, of whole leaves: to be read, or being read.
 
     Attributes:
+        wrong: owners whose bytes were not what they should be.
         owner, began: who was asked, and when (`time.monotonic()`).
     """
 
-    def __init__(self, bucket: IncomingBucket, cover: int, at_byte: int, size_bytes: int) -> None:
+    def __init__(
+        self, bucket: IncomingBucket, cover: Cover, at_byte: int, size_bytes: int, wrong: frozenset[str] = frozenset()
+    ) -> None:
         self.bucket, self.cover = bucket, cover
         self.at_byte, self.size_bytes = at_byte, size_bytes
+        self.wrong = wrong
         self.owner = ""
         self.began = 0.0
         self._pending: Pending | None = None
 
-    def whom(self, owners: Owners) -> str | None:
-        """See Owners.next."""
-        bucket = self.bucket
-        only = next(iter(bucket.asked[self.cover]), "") if bucket.doubted[self.cover] else ""
-        return owners.next(bucket.wrong[self.cover], only)
-
     def ask(self, owner: str, owners: Owners) -> bool:
         """Begin to read; False where that owner turns out to be gone."""
-        cover = self.bucket.covers[self.cover]
-        local = self.bucket.slot.ctypes.data + cover.at_byte + self.at_byte
+        local = self.bucket.slot.ctypes.data + self.cover.at_byte + self.at_byte
         self.owner, self.began = owner, time.monotonic()
-        self.bucket.asked[self.cover].add(owner)
-        first = cover.first_byte + self.at_byte
-        self._pending = owners.read(owner, cover.tensor, first, local, self.size_bytes)
+        first = self.cover.first_byte + self.at_byte
+        self._pending = owners.read(owner, self.cover.tensor, first, local, self.size_bytes)
         return self._pending is not None
 
     def arrived(self) -> bool:
         """See Pending."""
         return self._pending is not None and self._pending.arrived()
+
+    def elsewhere(self) -> Chunk:
+        """The same, to be read once more, and not from whoever gave these bytes."""
+        return Chunk(self.bucket, self.cover, self.at_byte, self.size_bytes, self.wrong | {self.owner})
 
 
 class IncomingBucket:
@@ -78,55 +78,36 @@ class IncomingBucket:
 
     Attributes:
         covers: what is read for it.
-        asked: by cover: owners that were asked for it since it was last compared.
-        doubted: by cover: whether it was wrong before; then it is read from one owner at a time, to learn whose bytes are.
-        wrong: by cover: owners whose bytes were not what they should be.
     """
 
     def __init__(self, step: Step, covers: tuple[Cover, ...], slot: HostBytes, leaves: Leaves) -> None:
         self.step, self.covers, self.slot = step, covers, slot
-        self.wrong: list[frozenset[str]] = [frozenset()] * len(self.covers)
         self._leaves = leaves
-        self._left = [cover.size_bytes for cover in self.covers]
-        self.asked: list[set[str]] = [set() for _ in self.covers]
-        self.doubted = [False] * len(self.covers)
-        self._unproved = len(self.covers)
+        self._unproved_bytes = sum(cover.size_bytes for cover in covers)
 
     @property
     def proved(self) -> bool:
         """Whether all of it is there, and what it should be."""
-        return not self._unproved
+        return not self._unproved_bytes
 
     def chunks(self) -> Iterator[Chunk]:
         """All that is to be read, in order."""
-        for cover in range(len(self.covers)):
-            yield from self._chunks(cover)
+        for cover in self.covers:
+            for at in range(0, cover.size_bytes, CHUNK_BYTES):
+                yield Chunk(self, cover, at, min(CHUNK_BYTES, cover.size_bytes - at))
 
-    def take(self, chunk: Chunk) -> list[Chunk]:
-        """A chunk arrived; what is to be read once more, from others, because its cover is not what it should be."""
-        number = chunk.cover
-        self._left[number] -= chunk.size_bytes
-        if self._left[number]:
-            return []
-        cover = self.covers[number]
+    def take(self, chunk: Chunk) -> Chunk | None:
+        """A chunk arrived; it is compared while it is in the processor's cache. What is to be read instead where it is wrong."""
+        cover = chunk.cover
+        extent, expected = self._leaves.extents[cover.tensor], self._leaves.of(cover.tensor)
         try:
-            cover.check(self.slot, self._leaves.extents[cover.tensor], self._leaves.of(cover.tensor))
+            cover.check(self.slot, chunk.at_byte, chunk.size_bytes, extent, expected)
         except VerificationError as error:
-            asked, self.asked[number] = self.asked[number], set()
-            _log.warning("read again, from %s it is wrong: %s", ", ".join(sorted(asked)), error)
-            if len(asked) == 1:
-                self.wrong[number] |= asked
-            self.doubted[number] = True
-            self._left[number] = cover.size_bytes
-            return list(self._chunks(number))
-        self._unproved -= 1
-        return []
+            _log.warning("read again, from %s it is wrong: %s", chunk.owner, error)
+            return chunk.elsewhere()
+        self._unproved_bytes -= chunk.size_bytes
+        return None
 
     def parts(self) -> list[tuple[int, HostBytes | DevicePart]]:
         """Its pieces: offset in the bucket, and bytes in the slot."""
         return [(cover.piece_offset_bytes, cover.piece_in(self.slot)) for cover in self.covers]
-
-    def _chunks(self, cover: int) -> Iterator[Chunk]:
-        size = self.covers[cover].size_bytes
-        for at in range(0, size, CHUNK_BYTES):
-            yield Chunk(self, cover, at, min(CHUNK_BYTES, size - at))

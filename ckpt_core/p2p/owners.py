@@ -82,12 +82,11 @@ class Owners:
     def __str__(self) -> str:
         return ", ".join(owner.remote.name for owner in self._owners if not owner.lost) or "nobody"
 
-    def next(self, avoid: Collection[str], only: str = "") -> str | None:
+    def next(self, avoid: Collection[str]) -> str | None:
         """Whom to ask; None where all have enough to do.
 
         Args:
             avoid: never these.
-            only: this one, if it still lives.
 
         Raises:
             PeerLost: nobody is left, or all of them were to be avoided.
@@ -96,7 +95,6 @@ class Owners:
         if not able:
             gone = "; ".join(f"{owner.remote.name}: {owner.lost or 'gave wrong bytes'}" for owner in self._owners)
             raise PeerLost(f"no owner is left to read from ({gone}); join from others")
-        able = [owner for owner in able if owner.remote.name == only] or able
         best = min((owner for owner in able if owner.has_room), key=lambda owner: owner.debt, default=None)
         return best.remote.name if best is not None else None
 

@@ -242,8 +242,8 @@ def test_whoever_should_give_more_is_asked_more():
 def test_an_owner_is_not_asked_faster_than_it_wants():
     limited, free = remote_owner("limited", max_bytes_per_s=1e6), remote_owner("free")
     owners, read = owners_of(limited, free, readers=2)
-    assert owners.next((), only="limited") == "limited"
+    assert owners.next({"free"}) == "limited"
     read("limited")
     read("limited")
-    assert owners.next((), only="limited") is None
+    assert owners.next({"free"}) is None
     assert owners.next(()) == "free"
