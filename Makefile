@@ -24,7 +24,8 @@ export PYTHON
 # tests start hundreds of processes: each would compile all modules again
 unexport PYTHONDONTWRITEBYTECODE
 
-WORKERS ?= 2
+# more than there may be cores: most of a test is waiting for processes to start, and for deadlines
+WORKERS ?= 3
 TABLE ?= --check-table
 VENV := .venv
 BIN := $(VENV)/bin

@@ -35,11 +35,13 @@ class Case:
 
     Attributes:
         streams: is asked for answers of seconds, which updates find unfinished; see Client.long_answers.
+        empty: starts on dummy weights; else on A, and what it says then is what a fresh start on A says.
     """
 
     model: str
     tp: int
     streams: bool = False
+    empty: bool = False
 
     def __str__(self) -> str:
         return f"{self.model}-tp{self.tp}"
@@ -50,15 +52,16 @@ class Case:
         return FRESH if self.streams else SHORT
 
 
-# each starts three servers: every model once, and the plain one at both degrees; benchmarks/model_kinds.py runs more
+# each starts two servers, or three: every model once, and the plain one at both degrees; benchmarks/model_kinds.py runs more
 CASES = (
-    Case(model="llama", tp=1, streams=True),
+    Case(model="llama", tp=1, streams=True, empty=True),
     Case(model="qwen3", tp=1),
     Case(model=SMOLLM2, tp=1),
-    Case(model="llama", tp=2, streams=True),
+    Case(model="llama", tp=2, streams=True, empty=True),
     Case(model="qwen3_moe", tp=2),
 )
 LONG_CASES = tuple(case for case in CASES if case.streams)
+EMPTY_CASES = tuple(case for case in CASES if case.empty)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

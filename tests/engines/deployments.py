@@ -26,10 +26,10 @@ INSTALLED = [
 
 @dataclass(slots=True, kw_only=True)
 class Deployment:
-    """A server that started on dummy weights, and what fresh starts on A and B say.
+    """A server, and what fresh starts on A and B say.
 
     Attributes:
-        babble: its tokens before any update.
+        babble: its tokens before any update: of dummy weights, or those of A.
     """
 
     engine: str
@@ -115,31 +115,33 @@ class Fleet:
         self._running.close()
 
     def _start(self, case: Case) -> Deployment:
-        """Three servers; the fresh ones end when they have told their tokens."""
+        """Two servers or three; the fresh ones end when they have told their tokens."""
         if case.model not in self._checkpoints:
             self._checkpoints[case.model] = make_checkpoints(case.model, self._directory / case.model, _CACHE)
         checkpoints = self._checkpoints[case.model]
         with ThreadPoolExecutor(CLIENTS[self._engine].starts_at_once) as threads, ExitStack() as stack:
-            ends = {which: stack.enter_context(ExitStack()) for which in "ab"}
+            ends = {which: stack.enter_context(ExitStack()) for which in ("ab" if case.empty else "b")}
             fresh = {
                 which: threads.submit(self._server, checkpoints[which], case, "auto", end)
                 for which, end in ends.items()
             }
-            live = threads.submit(self._server, checkpoints.a, case, "dummy", stack.enter_context(ExitStack()))
+            load_format = "dummy" if case.empty else "auto"
+            live = threads.submit(self._server, checkpoints.a, case, load_format, stack.enter_context(ExitStack()))
             tokens = {}
             for which, started in fresh.items():
                 tokens[which] = answers_of(started.result()[1], case, checkpoints)
                 ends[which].close()
             server, client = live.result()
             self._running = stack.pop_all()
+        babble = answers_of(client, case, checkpoints)
         return Deployment(
             engine=self._engine,
             case=case,
             server=server,
             client=client,
             checkpoints=checkpoints,
-            fresh=Fresh(tokens=tokens),
-            babble=answers_of(client, case, checkpoints),
+            fresh=Fresh(tokens={"a": babble, **tokens}),
+            babble=babble,
         )
 
     def _server(self, checkpoint: Path, case: Case, load_format: str, stack: ExitStack) -> tuple[Any, Client]:

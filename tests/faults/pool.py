@@ -17,7 +17,7 @@ from stage import TP, World, clean
 from ckpt_conformance.models.tiny import make_tiny, perturb
 from ckpt_conformance.reference.launch import ReferenceServer
 
-STAGES = 4
+STAGES = 5
 
 
 @contextmanager
