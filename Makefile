@@ -6,8 +6,8 @@
 #
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #
-# `make conformance conformance-trtllm conformance-vllm conformance-sglang TABLE=--write-table` writes the capability tables in READMEs anew; else
-# a table that differs from the run fails it.
+# `make conformance conformance-trtllm conformance-vllm conformance-sglang TABLE=--write-table` writes the capability tables
+# in READMEs anew; else a table that differs from the run fails it.
 #
 # PYTHON chooses the interpreter, DEMO_FLAGS and PYTEST_FLAGS are passed on, WORKERS is how many tests run at once where no
 # engine is started, PART_TIMEOUT bounds each part of `make test`.

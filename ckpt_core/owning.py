@@ -18,7 +18,7 @@ from ckpt_core.errors import CkptError
 from ckpt_core.history import History
 from ckpt_core.lease import Lease
 from ckpt_core.p2p.exporting import exported
-from ckpt_core.p2p.nics import Nic, NicKind, discover
+from ckpt_core.p2p.nics import NicKind, nics_here
 from ckpt_core.p2p.offers import Offer
 from ckpt_core.pool_file import stage_tensors
 from ckpt_core.shm import private_directory, remove_directory
@@ -64,7 +64,7 @@ class Owner:
         lease_s: float = 10.0,
     ) -> None:
         self._name = name or socket.gethostname()
-        self._nics = _nics(rdma)
+        self._nics = nics_here(",".join(rdma))
         self._max_bytes_per_s = max_bytes_per_s
         self._offers: dict[str, tuple[Offer, ExitStack]] = {}
         self._lease: Lease | None = None
@@ -161,11 +161,6 @@ class Owner:
                 self.publish(history.pool.index_of(digest), version=warm[digest].label)
             except CkptError as error:  # it went meanwhile
                 _log.warning("version %s is not offered: %s", warm[digest].label or digest, error)
-
-
-def _nics(rdma: Sequence[str]) -> tuple[Nic, ...]:
-    environment = Environment.read()
-    return discover(own=",".join(rdma) or environment.nics, nccl=environment.nccl_ib_hca)
 
 
 def _index(checkpoint: Checkpoint, stack: ExitStack) -> SourceIndex:

@@ -4,11 +4,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from ckpt_conformance.cluster import end
 from ckpt_core.config import child_environment
 
 HERE = SimpleNamespace(address="127.0.0.1", prefix=())
 CKPT = (sys.executable, "-m", "ckpt_core")
-_STOP_S = 15.0
 
 
 class Owners:
@@ -49,13 +49,3 @@ def join_arguments(offers, endpoints, report, *, address=HERE.address):
     """Of `ckpt`: bring engines (NAME=URL) to what these owners have; the report is JSON."""
     options = [f"--host={address}", f"--json={report}", *(f"--endpoint={one}" for one in endpoints)]
     return ["join", *options, *(f"--from={offer}" for offer in offers)]
-
-
-def end(process):
-    """Tell it to end, and kill it where it does not."""
-    process.terminate()
-    try:
-        process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from ckpt_core.config import Environment
 from ckpt_core.errors import ConfigError
 from ckpt_core.p2p.nearness import SYSFS, pci_path
 from ckpt_core.p2p.nic_filter import NicFilter, parse_nic_filter
@@ -127,6 +128,12 @@ def discover(*, own: str = "", nccl: str = "", sysfs: Path = SYSFS) -> tuple[Nic
     if not found and wanted.names and (all_rdma or interfaces):
         raise _nothing_left(wanted, own or nccl, (*all_rdma, *interfaces))
     return found
+
+
+def nics_here(own: str = "") -> tuple[Nic, ...]:
+    """Those of this host that the environment leaves; `own` comes before CKPT_NICS. See `discover`."""
+    environment = Environment.read()
+    return discover(own=own or environment.nics, nccl=environment.nccl_ib_hca)
 
 
 def _nothing_left(wanted: NicFilter, text: str, nics: Sequence[Nic]) -> ConfigError:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_core.config import Environment
-from ckpt_core.p2p.nics import discover
+from ckpt_core.p2p.nics import nics_here
 from ckpt_core.p2p.offers import Offer, index_of, read_offer
 from ckpt_core.p2p.read_plan import planned
 from ckpt_core.source import SourceIndex
@@ -36,5 +35,4 @@ class Peers:
         """
         offers = [offer if isinstance(offer, Offer) else read_offer(Path(offer)) for offer in self.offers]
         index = index_of(offers, host=self.host, max_bytes_per_s=self.max_bytes_per_s)
-        environment = Environment.read()
-        return planned(index, offers, discover(own=environment.nics, nccl=environment.nccl_ib_hca))
+        return planned(index, offers, nics_here())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ckpt_conformance.namespaces import NetHosts
 from ckpt_conformance.reference.launch import ReferenceServer
@@ -91,11 +92,12 @@ class EngineCluster:
 
     def _start(self, prefix: Sequence[str], *module: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen([*prefix, sys.executable, "-m", *module], env=child_environment())
-        self._stack.callback(_end, process)
+        self._stack.callback(end, process)
         return process
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
+    """Tell it to end, and kill it where it does not."""
     process.terminate()
     try:
         process.wait(_STOP_TIMEOUT_S)

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
 import pytest
-from pool_owners import CKPT, Owners, end, join_arguments
+from pool_owners import CKPT, Owners, join_arguments
 
 from ckpt_conformance import namespaces
+from ckpt_conformance.cluster import end
 from ckpt_conformance.link_watch import LinkWatch
 from ckpt_conformance.models.tiny import make_tiny, perturb
 from ckpt_conformance.reference.launch import ReferenceServer

@@ -12,6 +12,7 @@ import torch
 
 from ckpt_conformance.harness import Harness, Server
 from ckpt_conformance.levels import ModelKind
+from ckpt_conformance.models.kinds import TINY_KINDS
 from ckpt_conformance.models.tiny import make_tiny
 from ckpt_conformance.reference import plugin as reference_plugin
 from ckpt_conformance.reference.options import WorkerOptions
@@ -20,24 +21,6 @@ from ckpt_conformance.reference.worker import Worker
 from ckpt_core.api import Target
 from ckpt_core.contract import AttachResult, Rendezvous
 from ckpt_core.plugins import EnginePlugin
-
-_MODELS: dict[ModelKind, dict[str, Any]] = {
-    ModelKind.PLAIN: {"arch": "llama"},
-    ModelKind.TIED: {"arch": "qwen3", "tied": True},
-    ModelKind.EXPERTS: {"arch": "qwen3_moe", "experts": 4, "layers": 1},
-    ModelKind.QUANTISED: {"arch": "qwen3_moe", "experts": 4, "layers": 1},
-    ModelKind.ODD_SIZES: {
-        "arch": "qwen3",
-        "vocab": 61,
-        "hidden": 27,
-        "heads": 3,
-        "kv_heads": 1,
-        "head_dim": 6,
-        "intermediate": 35,
-        "dtype": "float32",
-    },
-    ModelKind.SHARDED: {"arch": "llama"},
-}
 
 
 class ReferenceHarness(Harness):
@@ -63,7 +46,7 @@ class ReferenceHarness(Harness):
 
     def checkpoint(self, directory: Path, kind: ModelKind, seed: int) -> Path:
         """Random weights; one or two layers of some ten tensors."""
-        return make_tiny(directory, seed=seed, **_MODELS[kind])
+        return make_tiny(directory, seed=seed, **TINY_KINDS[kind])
 
     def make_worker(self, checkpoint: Path, kind: ModelKind) -> Worker:
         """Random weights of another seed."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ckpt_conformance.harness import Server
 from ckpt_conformance.levels import ModelKind
+from ckpt_conformance.models.kinds import TINY_KINDS
 from ckpt_conformance.reference.parallel import TpGroup
 from ckpt_core.api import Target
 from ckpt_trtllm.calls import ENGINE
@@ -25,23 +26,7 @@ class StandInEngines(Engines):
     """One worker each, made anew: they are small."""
 
     name = "the stand-in (TensorRT-LLM is not installed)"
-    models: ClassVar[dict[ModelKind, dict[str, Any]]] = {
-        ModelKind.PLAIN: {"arch": "llama"},
-        ModelKind.TIED: {"arch": "qwen3", "tied": True},
-        ModelKind.EXPERTS: {"arch": "qwen3_moe", "experts": 4, "layers": 1},
-        ModelKind.QUANTISED: {"arch": "qwen3_moe", "experts": 4, "layers": 1},
-        ModelKind.ODD_SIZES: {
-            "arch": "qwen3",
-            "vocab": 61,
-            "hidden": 27,
-            "heads": 3,
-            "kv_heads": 1,
-            "head_dim": 6,
-            "intermediate": 35,
-            "dtype": "float32",
-        },
-        ModelKind.SHARDED: {"arch": "llama"},
-    }
+    models: ClassVar[dict[ModelKind, dict[str, Any]]] = TINY_KINDS
 
     def start(self, checkpoint: Path, kind: ModelKind, *, load_format: str, waiting: bool = False) -> TrtllmRank:
         """A worker with the extension mixed in, its engine set up."""
