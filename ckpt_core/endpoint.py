@@ -19,6 +19,9 @@ from ckpt_core.errors import ConfigError, EngineError, EngineStateError, EngineU
 HTTP_CONFLICT = 409
 HTTP_LOCKED = 423
 MAX_ANSWER_BYTES = 64 << 20
+# Servers of engines (uvicorn) close a connection that was idle for 5 s. A request that is sent at that moment is lost, and nobody
+# knows whether it was heard: it cannot be sent again. So connections that were idle for a second are not used any more.
+KEPT_ALIVE = httpx.Limits(keepalive_expiry=1.0)
 _log = logging.getLogger(__name__)
 
 
@@ -143,6 +146,7 @@ class Endpoint:
                 verify=_trust(self.options),
                 trust_env=False,
                 follow_redirects=False,
+                limits=KEPT_ALIVE,
             )
         return self._client
 

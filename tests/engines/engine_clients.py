@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import httpx
 
+from ckpt_core.endpoint import KEPT_ALIVE
+
 CONTEXT_LENGTH = 2700
 _WAIT_S = 120.0
 _CONTROL_S = 20.0
@@ -53,7 +55,7 @@ class Client(ABC):
     resume_path: str
 
     def __init__(self, url: str) -> None:
-        self._http = httpx.Client(base_url=url, trust_env=False, timeout=_WAIT_S)
+        self._http = httpx.Client(base_url=url, trust_env=False, timeout=_WAIT_S, limits=KEPT_ALIVE)
 
     def generate(
         self,

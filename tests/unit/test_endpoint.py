@@ -2,6 +2,7 @@
 # ruff: noqa: S106 (tokens of these tests are no secrets)
 
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -46,6 +47,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_arguments):
         """Quiet."""
+
+
+class Lasting(Handler):
+    """Keeps connections open."""
+
+    protocol_version = "HTTP/1.1"
+
+    def setup(self):
+        self.server.seen.append(self.client_address)
+        super().setup()
 
 
 @pytest.fixture
@@ -139,6 +150,16 @@ def test_nobody_listening_is_unavailable(server, connect):
 def test_an_address_that_is_none_is_a_typed_error(connect, url):
     with pytest.raises(CkptError):
         connect(url).request("GET", "/status/200")
+
+
+@pytest.mark.parametrize(("idle_s", "connections"), [(0.0, 1), (2.0, 2)])
+def test_a_connection_that_was_idle_is_not_used_again(server, connect, monkeypatch, idle_s, connections):
+    server.RequestHandlerClass, endpoint = Lasting, connect()
+    endpoint.request("POST", "/echo", json={})
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + idle_s)
+    endpoint.request("POST", "/echo", json={})
+    assert len(server.seen) == connections
 
 
 def test_it_can_be_used_again_after_close(connect):

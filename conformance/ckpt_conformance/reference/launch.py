@@ -18,6 +18,7 @@ from typing import IO, Any
 import httpx
 
 from ckpt_core.config import child_environment
+from ckpt_core.endpoint import KEPT_ALIVE
 from ckpt_core.errors import EngineUnavailable
 
 _STOP_TIMEOUT_S = 15.0
@@ -101,7 +102,7 @@ class ReferenceServer:
             self.url, self.pid, self.instance_id = ready["url"], ready["pid"], ready["instance_id"]
             self.rank_pids = tuple(ready["rank_pids"])
             headers = {"Authorization": f"Bearer {self._bearer_token}"} if self._bearer_token else {}
-            client = httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60.0)
+            client = httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60.0, limits=KEPT_ALIVE)
             self.client = stack.enter_context(client)
             self._stack = stack.pop_all()
         return self

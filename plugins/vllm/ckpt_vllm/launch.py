@@ -19,6 +19,7 @@ from typing import IO, Any
 import httpx
 
 from ckpt_core.config import child_environment
+from ckpt_core.endpoint import KEPT_ALIVE
 from ckpt_core.errors import EngineUnavailable
 
 _STOP_TIMEOUT_S = 20.0
@@ -98,7 +99,8 @@ class VllmServer:
                 start_new_session=True,
             )
             stack.callback(self._stop)
-            self.client = stack.enter_context(httpx.Client(base_url=self.url, trust_env=False, timeout=60.0))
+            client = httpx.Client(base_url=self.url, trust_env=False, timeout=60.0, limits=KEPT_ALIVE)
+            self.client = stack.enter_context(client)
             self._await_health(time.monotonic() + self._start_timeout_s)
             self._stack = stack.pop_all()
         return self
