@@ -5,7 +5,7 @@ from __future__ import annotations
 from ckpt_conformance.bench import Bench
 from ckpt_conformance.checks.expect import differs
 from ckpt_conformance.checks.registry import CheckFailed, check
-from ckpt_conformance.levels import ModelKind
+from ckpt_conformance.levels import Level, ModelKind
 from ckpt_core.capability import Capability
 
 _RULE = "After an update the live weights equal those of a fresh start on the same checkpoint, bit by bit"
@@ -50,6 +50,7 @@ check(
 )(_equals_fresh)
 check(
     "sharded_slices",
+    level=Level.SHARDED,
     kinds=(ModelKind.SHARDED,),
     rule=f"{_RULE}, on a rank that holds other slices than the first.",
     usual_cause="The first rank's slice taken, or heads counted wrongly where they are replicated.",
