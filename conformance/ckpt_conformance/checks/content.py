@@ -49,6 +49,12 @@ check(
     usual_cause="Padding that keeps old values, or sizes rounded down.",
 )(_equals_fresh)
 check(
+    "scalar_and_empty",
+    kinds=(ModelKind.SCALARS,),
+    rule=f"{_RULE}, with a tensor without dimensions and one without elements.",
+    usual_cause="`tensor[0]` or `if tensor.numel()` in a loader.",
+)(_equals_fresh)
+check(
     "sharded_slices",
     level=Level.SHARDED,
     kinds=(ModelKind.SHARDED,),

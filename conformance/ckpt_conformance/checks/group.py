@@ -93,7 +93,7 @@ def replay_is_a_load(bench: Bench) -> None:
     "tensor_larger_than_slot",
     level=Level.SHARDED,
     tier=Tier.GROUP,
-    kinds=(ModelKind.PLAIN, ModelKind.EXPERTS, ModelKind.ODD_SIZES),
+    kinds=(ModelKind.PLAIN, ModelKind.EXPERTS, ModelKind.ODD_SIZES, ModelKind.SCALARS),
     rule="Tensors that are larger than a bucket land like any other: whole in a larger one, or cut where that is declared.",
     usual_cause="LayoutEntry.cut set by a plugin that does not look at LoadTensor.box.",
 )

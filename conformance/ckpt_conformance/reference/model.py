@@ -15,6 +15,7 @@ from ckpt_conformance.reference.kv_cache import CacheShape, SequenceCache
 from ckpt_conformance.reference.layers import (
     GateUpProjection,
     LayerContext,
+    LogitScale,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -95,17 +96,18 @@ class CausalLM(nn.Module):
             if config.tied
             else VocabParallelEmbedding(context, "lm_head", config.vocab_size, config.hidden_size)
         )
+        self.logit_scale = LogitScale(context) if config.scaled_logits else nn.Identity()
         self.table = {tensor.name: tensor for tensor in _named_tensors(self)}
         rotary = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_layers)}
         self.ignored = frozenset(rotary | ({"lm_head.weight"} if config.tied else set()))
 
     def forward(self, token_ids: torch.Tensor, cache: SequenceCache) -> torch.Tensor:
         """Token ids [t] behind what the cache holds, to float32 logits [t, vocab]."""
-        return self.lm_head.logits(self.model(token_ids, cache))
+        return self.logit_scale(self.lm_head.logits(self.model(token_ids, cache)))  # type: ignore[no-any-return]
 
     def next_logits(self, token_ids: torch.Tensor, cache: SequenceCache) -> torch.Tensor:
         """As forward, for the last position only: [vocab]."""
-        return self.lm_head.logits(self.model(token_ids, cache)[-1:])[0]
+        return self.logit_scale(self.lm_head.logits(self.model(token_ids, cache)[-1:])[0])  # type: ignore[no-any-return]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load whole checkpoint tensors. Keeps no reference to any of them.
