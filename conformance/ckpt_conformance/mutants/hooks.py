@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
@@ -86,6 +87,13 @@ def changing_info() -> EngineInfo:
 def new_identity(worker: Worker) -> RankInfo:
     """An instance id made anew at each call."""
     return replace(plugin.ckpt_identify(worker), instance_id=uuid.uuid4().hex)
+
+
+@hookimpl
+def rank_of_the_launcher(worker: Worker) -> RankInfo:
+    """Rank 0 is taken for no rank, and that of the environment for it."""
+    info = plugin.ckpt_identify(worker)
+    return replace(info, rank=info.rank or int(os.environ.get("RANK", "0")))
 
 
 @hookimpl

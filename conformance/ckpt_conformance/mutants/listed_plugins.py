@@ -28,6 +28,11 @@ PLUGIN_MUTANTS: tuple[Mutant, ...] = (
         caught_by="core.identify_stable",
     ),
     Mutant(
+        name="rank_of_the_launcher",
+        implementation=variant(ckpt_identify=hooks.rank_of_the_launcher),
+        caught_by="core.identify_by_itself",
+    ),
+    Mutant(
         name="moving_layout",
         implementation=variant(ckpt_layout=hooks.moving_layout),
         caught_by="core.layout_touches_nothing",

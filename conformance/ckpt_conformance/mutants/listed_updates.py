@@ -9,6 +9,7 @@ UPDATE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(name="attaches_a_twin", worker_type=sessions.AttachesATwin, caught_by="core.update_end_to_end"),
     Mutant(name="version_not_told", worker_type=workers.VersionNotTold, caught_by="core.version_told"),
     Mutant(name="one_controller_only", worker_type=sessions.OneControllerOnly, caught_by="core.membership_change"),
+    Mutant(name="own_patience", worker_type=sessions.OwnPatience, caught_by="core.controller_silent"),
     Mutant(name="watchdog", worker_type=sessions.Watchdog, caught_by="core.slow_rank"),
     Mutant(name="processed_twice", worker_type=sessions.NormsAreOffsets, caught_by="sharded.replay_is_a_load"),
     Mutant(

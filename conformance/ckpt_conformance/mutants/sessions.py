@@ -6,6 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -38,6 +39,14 @@ class OneControllerOnly(Worker):
         if rendezvous.address != self._address:
             raise EngineStateError(f"expected the controller at {self._address}, got {rendezvous.address}")
         return super().attach(rendezvous, plugin)
+
+
+class OwnPatience(Worker):
+    """How long a controller may be silent is a constant of the plugin's own."""
+
+    def attach(self, rendezvous: Rendezvous, plugin: EnginePlugin | None = None) -> AttachResult:
+        """Longer than asked."""
+        return super().attach(replace(rendezvous, silence_timeout_s=_HANGS_S), plugin)
 
 
 class Watchdog(Worker):
