@@ -49,6 +49,13 @@ check(
     usual_cause="Padding that keeps old values, or sizes rounded down.",
 )(_equals_fresh)
 check(
+    "draft_model",
+    kinds=(ModelKind.DRAFT,),
+    needs=(Capability.DRAFT_MODEL,),
+    rule=f"{_RULE}, with a draft model that is loaded in the same step.",
+    usual_cause="Only the target's loader is called, and the draft model goes on guessing by the old weights.",
+)(_equals_fresh)
+check(
     "scalar_and_empty",
     kinds=(ModelKind.SCALARS,),
     rule=f"{_RULE}, with a tensor without dimensions and one without elements.",

@@ -15,7 +15,7 @@ from ckpt_core.errors import Outcome, UpdateAborted
 @check(
     "update_end_to_end",
     tier=Tier.GROUP,
-    kinds=(ModelKind.PLAIN, ModelKind.QUANTISED),
+    kinds=(ModelKind.PLAIN, ModelKind.QUANTISED, ModelKind.DRAFT),
     rule="After a real update of two instances both have the weights and the tokens of a fresh start, and serve again.",
     usual_cause="The attach call enters the loop with another worker than the one that serves.",
 )

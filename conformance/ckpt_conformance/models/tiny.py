@@ -49,6 +49,7 @@ class TinyShape:
     experts: int
     moe_intermediate: int
     scalars: bool
+    draft: bool
 
     @property
     def qk_norm(self) -> bool:
@@ -73,6 +74,7 @@ def make_tiny(
     experts: int = 8,
     moe_intermediate: int = 48,
     scalars: bool = False,
+    draft: bool = False,
     files: int = 1,
 ) -> Path:
     """Write a random checkpoint into `directory` and return it.
@@ -86,6 +88,7 @@ def make_tiny(
         tied: the head is the embedding; no lm_head.weight is written.
         dtype: "bfloat16" or "float32".
         scalars: with a tensor without dimensions and one without elements; for the reference engine.
+        draft: with a draft model; for the reference engine.
         files: number of safetensors files; with more than one an index is written.
 
     Raises:
@@ -109,6 +112,7 @@ def make_tiny(
         experts=experts,
         moe_intermediate=moe_intermediate,
         scalars=scalars,
+        draft=draft,
     )
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
@@ -154,6 +158,8 @@ def tensor_shapes(shape: TinyShape) -> dict[str, tuple[int, ...]]:
     sizes["model.norm.weight"] = (shape.hidden,)
     if not shape.tied:
         sizes["lm_head.weight"] = (shape.vocab, shape.hidden)
+    if shape.draft:
+        sizes["draft.proj.weight"] = (shape.hidden, shape.hidden)
     if shape.scalars:
         sizes |= {"logit_scale.weight": (), "logit_scale.g_idx": (0,)}
     return sizes
@@ -230,6 +236,7 @@ def _config(shape: TinyShape, dtype: str) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": EOS_TOKEN_ID,
         **({"scaled_logits": True} if shape.scalars else {}),
+        **({"draft_head": True} if shape.draft else {}),
         "torch_dtype": dtype,
     }
     if shape.arch == "qwen3_moe":

@@ -77,6 +77,17 @@ class ScalarsForgotten(Worker):
         return LoadReport(loaded=names)
 
 
+class DraftForgotten(Worker):
+    """Updates are for the target only."""
+
+    def load(self, update: Update, tensors: Tensors) -> LoadReport:
+        """Load what is the target's, and say that all was."""
+        super().load(update, [(name, tensor) for name, tensor in tensors if not name.startswith("draft.")])
+        names = tuple(name for name, _ in tensors)
+        self._arrived |= set(names) & self.model.table.keys()
+        return LoadReport(loaded=names)
+
+
 class VersionCache(Worker):
     """A version that was there before, and is not the last, is taken for still being there: nothing is written."""
 

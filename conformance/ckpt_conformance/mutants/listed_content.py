@@ -39,6 +39,7 @@ CONTENT_MUTANTS: tuple[Mutant, ...] = (
         also=ids("group_lands_together", "partial_update"),
     ),
     Mutant(name="rounded_down", worker_type=contents.RoundedDown, caught_by="core.odd_sizes"),
+    Mutant(name="draft_forgotten", worker_type=contents.DraftForgotten, caught_by="core.draft_model"),
     Mutant(name="scalars_forgotten", worker_type=contents.ScalarsForgotten, caught_by="core.scalar_and_empty"),
     Mutant(name="wrong_qkv_slice", worker_type=workers.WrongSlice, caught_by="sharded.sharded_slices"),
     Mutant(

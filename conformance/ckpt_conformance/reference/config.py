@@ -32,6 +32,7 @@ class ModelConfig:
 
     Attributes:
         scaled_logits: logits are multiplied by a scalar of the checkpoint; this engine's own extension.
+        draft_head: the checkpoint has a draft model; so is this.
     """
 
     architecture: str
@@ -49,6 +50,7 @@ class ModelConfig:
     qk_norm: bool
     attention_bias: bool
     scaled_logits: bool
+    draft_head: bool
     dtype: DType
     eos_token_ids: frozenset[int]
     moe: MoeConfig | None = None
@@ -117,6 +119,7 @@ def _parse(raw: Mapping[str, Any], *, dtype: str, eos_token_ids: frozenset[int])
         qk_norm=qwen,
         attention_bias=bool(raw.get("attention_bias", False)),
         scaled_logits=bool(raw.get("scaled_logits", False)),
+        draft_head=bool(raw.get("draft_head", False)),
         dtype=_dtype(raw, dtype),
         eos_token_ids=eos_token_ids,
         moe=_moe(raw) if architecture == "Qwen3MoeForCausalLM" else None,

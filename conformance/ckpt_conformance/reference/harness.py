@@ -36,6 +36,7 @@ _MODELS: dict[ModelKind, dict[str, Any]] = {
         "intermediate": 35,
         "dtype": "float32",
     },
+    ModelKind.DRAFT: {"arch": "qwen3", "layers": 1, "draft": True},
     ModelKind.SCALARS: {"arch": "llama", "layers": 1, "scalars": True},
     ModelKind.SHARDED: {"arch": "llama"},
 }
