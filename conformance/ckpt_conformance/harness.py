@@ -60,12 +60,14 @@ class Server:
         generate: greedy, over HTTP.
         digests: of every live tensor, by rank and name; None where the engine does not tell.
         stream: as generate, token by token; None where the harness does not offer it.
+        most_tokens: that an answer can have: a request that is to be in flight at an update asks for so many.
     """
 
     target: Target
     generate: Generate
     digests: Callable[[], Sequence[Mapping[str, str]]] | None = None
     stream: Stream | None = None
+    most_tokens: int = 3000
 
 
 class Harness(ABC):

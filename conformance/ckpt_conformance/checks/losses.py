@@ -14,7 +14,6 @@ from ckpt_conformance.checks.interruption import Interruption
 from ckpt_conformance.checks.registry import CheckFailed, check
 from ckpt_conformance.checks.updates import failure_of, updater_of
 from ckpt_conformance.levels import Level, Tier
-from ckpt_core.api import Updater
 from ckpt_core.capability import Capability
 from ckpt_core.contract import Rendezvous
 from ckpt_core.endpoint import Endpoint
@@ -78,7 +77,7 @@ def peer_lost(bench: Bench) -> None:
         with interruption.of(updater):
             error = failure_of(updater, bench.checkpoint(2).path)
         _expect_honest(bench, error, workers, old)
-        _mend(bench, updater)
+    _mend(bench, workers)
     for worker in workers:
         bench.expect_fresh(worker, bench.checkpoint(2))
         bench.harness.serve(worker)
@@ -90,9 +89,10 @@ def _attach(bench: Bench, endpoint: Endpoint, rendezvous: Rendezvous) -> None:
         bench.hook.ckpt_attach(endpoint=endpoint, rendezvous=rendezvous)
 
 
-def _mend(bench: Bench, updater: Updater) -> None:
+def _mend(bench: Bench, workers: list[Any]) -> None:
     try:
-        updater.update(bench.checkpoint(2).path)
+        with updater_of(bench, workers) as updater:
+            updater.update(bench.checkpoint(2).path)
     except CkptError as error:
         raise CheckFailed(expected="a new update mends what a lost peer left", got=str(error)) from error
 
