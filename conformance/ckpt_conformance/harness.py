@@ -59,7 +59,7 @@ class Server:
         target: how an update addresses it.
         generate: greedy, over HTTP.
         digests: of every live tensor, by rank and name; None where the engine does not tell.
-        stream: as generate, token by token; None where the harness does not offer it.
+        stream: as generate, token by token; None where `Harness.streams` is not set.
         most_tokens: that an answer can have: a request that is to be in flight at an update asks for so many.
     """
 
@@ -78,6 +78,7 @@ class Harness(ABC):
         plugin_module: importable module of the plugin.
         engine_modules: top modules that `ckpt_engine_info` must not import.
         kinds: which kinds of models the harness can make.
+        streams: its servers have `Server.stream`.
         known_failures: reason by check id. A known failure that passes fails the run: strike it off.
     """
 
@@ -85,6 +86,7 @@ class Harness(ABC):
     plugin_module: str
     engine_modules: tuple[str, ...] = ("torch",)
     kinds: frozenset[ModelKind] = frozenset({ModelKind.PLAIN})
+    streams: bool = False
     known_failures: Mapping[str, str] = {}
 
     # -- required --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from itertools import groupby
 
 from ckpt_conformance.bench import PROMPT, Bench
@@ -38,7 +39,7 @@ def _register_in_flight(capability: Capability, mode: PauseMode) -> None:
         usual_cause=_CAUSES[mode],
     )
     def in_flight(bench: Bench) -> None:
-        with bench.harness.server(bench.checkpoint(1).path, ranks=1, dummy=False) as server:
+        with _streaming_server(bench) as server:
             wanted = min(_FINISHED, server.most_tokens) if mode is PauseMode.WAIT else server.most_tokens
             tokens, ended = _update_meanwhile(bench, server, mode, wanted)
             versions = [version for version, _ in groupby(token.version for token in tokens)]
@@ -69,7 +70,7 @@ for _capability, _mode in (
 def version_of_answers(bench: Bench) -> None:
     """Two updates, and an answer after each."""
     with (
-        bench.harness.server(bench.checkpoint(1).path, ranks=1, dummy=False) as server,
+        _streaming_server(bench) as server,
         updater(bench, [server.target]) as updating,
     ):
         stream = _stream_of(server)
@@ -96,9 +97,15 @@ def _update_meanwhile(bench: Bench, server: Server, mode: PauseMode, wanted: int
         return tokens, True
 
 
+def _streaming_server(bench: Bench) -> AbstractContextManager[Server]:
+    """One rank, on a checkpoint."""
+    if not bench.harness.streams:  # told before a server is started, which may take a minute
+        raise NotOffered("servers that tell tokens as they come")
+    return bench.harness.server(bench.checkpoint(1).path, ranks=1, dummy=False)
+
+
 def _stream_of(server: Server) -> Stream:
-    if server.stream is None:
-        raise NotOffered("the stream of a server")
+    assert server.stream is not None, "Harness.streams is set"
     return server.stream
 
 

@@ -100,7 +100,7 @@ def undone_by_snapshot(bench: Bench) -> None:
     level=Level.TRANSACTIONAL,
     tier=Tier.GROUP,
     kinds=(ModelKind.PLAIN, ModelKind.QUANTISED),
-    rule="A rollback brings the version before last back: every bit, the tokens and the version.",
+    rule="A rollback brings the version before back: every bit, the tokens and the version.",
     usual_cause="A version that was there before is taken for still being there.",
 )
 def rollback(bench: Bench) -> None:

@@ -56,6 +56,7 @@ class ReferenceHarness(Harness):
     plugin_module = reference_plugin.__name__
     engine_modules = ("torch", "ckpt_conformance.reference.worker")
     kinds = frozenset(ModelKind)
+    streams = True
 
     def __init__(
         self,
