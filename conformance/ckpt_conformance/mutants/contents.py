@@ -163,7 +163,7 @@ class EmptiedParts(Worker):
 
 
 def _whole_fours(tensor: torch.Tensor) -> torch.Tensor:
-    rest = tensor.shape[0] % 4
+    rest = tensor.shape[0] % 4 if tensor.ndim else 0
     if not rest:
         return tensor
     copied = tensor.clone()
