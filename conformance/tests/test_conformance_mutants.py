@@ -10,7 +10,7 @@ import torch
 from ckpt_conformance.checks.registry import load_all
 from ckpt_conformance.mutants.catalogue import MUTANTS, Mutant, run_mutant
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)  # servers of two ranks, on a busy machine
 
 
 @pytest.fixture(autouse=True)

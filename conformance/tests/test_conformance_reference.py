@@ -13,7 +13,7 @@ from ckpt_conformance.reference.harness import harness
 from ckpt_conformance.report import Status, failure_lines
 from ckpt_conformance.runner import Runner, select
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)  # servers of two ranks, on a busy machine
 
 
 @pytest.fixture(autouse=True)
