@@ -90,7 +90,7 @@ integration: venv ## tests with real processes, sockets, shared memory and netwo
 
 .PHONY: conformance
 conformance: venv ## the conformance suite on the reference engine
-	$(BIN)/ckpt-conformance --engine reference --level CORE $(TABLE) conformance/README.md
+	$(BIN)/ckpt-conformance --engine reference $(TABLE) conformance/README.md
 
 .PHONY: conformance-trtllm
 conformance-trtllm: venv ## the conformance suite on the stand-in for TensorRT-LLM

@@ -32,7 +32,9 @@ class LevelName(str, Enum):
 @app.command()
 def conformance(  # noqa: PLR0917 typer makes options of them, never positions
     engine: Annotated[str, typer.Option(help="Engine whose installed harness is used.")] = "reference",
-    level: Annotated[LevelName, typer.Option(help="Checks up to this level.", case_sensitive=False)] = LevelName.CORE,
+    level: Annotated[
+        LevelName, typer.Option(help="Checks up to this level.", case_sensitive=False)
+    ] = LevelName.SHARDED,
     tier: Annotated[list[Tier] | None, typer.Option(help="Only this tier; may be given several times.")] = None,
     check: Annotated[list[str] | None, typer.Option(help="Only this check; may be given several times.")] = None,
     harness: Annotated[str, typer.Option(help="Harness to use, as module:object.")] = "",
@@ -102,15 +104,15 @@ def _same_table(file: TableFile | None, report: Report) -> bool:
 
 
 def _run_mutants() -> bool:
-    from ckpt_conformance.mutants.catalogue import MUTANTS, run_mutant
+    from ckpt_conformance.mutants.catalogue import judged
 
-    verdicts = []
-    for mutant in MUTANTS:
-        verdict = run_mutant(mutant)
-        verdicts.append(verdict.ok)
-        typer.echo(f"{'caught' if verdict.ok else 'MISSED':7} {mutant.name}: {verdict.text}  ({verdict.seconds:.1f} s)")
-    typer.echo(f"{sum(verdicts)} caught, {len(verdicts) - sum(verdicts)} missed")
-    return all(verdicts)
+    caught = missed = 0
+    for mutant, verdict in judged():
+        caught, missed = caught + verdict.ok, missed + (not verdict.ok)
+        word = "caught" if verdict.ok else "MISSED"
+        typer.echo(f"{word:7} {mutant.name}: {verdict.text}  ({verdict.seconds:.1f} s)")
+    typer.echo(f"{caught} caught, {missed} missed")
+    return not missed
 
 
 if __name__ == "__main__":

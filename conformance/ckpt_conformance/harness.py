@@ -7,7 +7,7 @@ the checks that need it are skipped, and say so.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
@@ -36,6 +36,22 @@ class Generate(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A token of an answer, and the version of the weights that made it; "" where the server does not tell."""
+
+    token_id: int
+    version: str
+
+
+class Stream(Protocol):
+    """Greedy generation by a server, told token by token; an end token is no end."""
+
+    def __call__(self, prompt_token_ids: Sequence[int], max_tokens: int) -> Iterator[Token]:
+        """Tokens as they come. It ends with the request, however that ends."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """A running server.
 
@@ -43,11 +59,15 @@ class Server:
         target: how an update addresses it.
         generate: greedy, over HTTP.
         digests: of every live tensor, by rank and name; None where the engine does not tell.
+        stream: as generate, token by token; None where `Harness.streams` is not set.
+        most_tokens: that an answer can have: a request that is to be in flight at an update asks for so many.
     """
 
     target: Target
     generate: Generate
     digests: Callable[[], Sequence[Mapping[str, str]]] | None = None
+    stream: Stream | None = None
+    most_tokens: int = 3000
 
 
 class Harness(ABC):
@@ -58,6 +78,7 @@ class Harness(ABC):
         plugin_module: importable module of the plugin.
         engine_modules: top modules that `ckpt_engine_info` must not import.
         kinds: which kinds of models the harness can make.
+        streams: its servers have `Server.stream`.
         known_failures: reason by check id. A known failure that passes fails the run: strike it off.
     """
 
@@ -65,6 +86,7 @@ class Harness(ABC):
     plugin_module: str
     engine_modules: tuple[str, ...] = ("torch",)
     kinds: frozenset[ModelKind] = frozenset({ModelKind.PLAIN})
+    streams: bool = False
     known_failures: Mapping[str, str] = {}
 
     # -- required --------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ class Tier(Enum):
 class ModelKind(Enum):
     """A property of a tiny model that some checks are about. Every harness has PLAIN; the others as far as its engine goes.
 
-    ODD_SIZES: sizes that are no multiples of anything, scalars and empty tensors where the engine has such.
+    ODD_SIZES: sizes that are no multiples of anything. SCALARS: a tensor without dimensions, and one without elements.
+    DRAFT: a draft model beside it, in the same checkpoint.
     SHARDED: the worker is one rank of several and holds slices, but not the first ones.
     """
 
@@ -43,4 +44,6 @@ class ModelKind(Enum):
     EXPERTS = "experts"
     QUANTISED = "quantised"
     ODD_SIZES = "odd_sizes"
+    SCALARS = "scalars"
+    DRAFT = "draft"
     SHARDED = "sharded"

@@ -26,7 +26,7 @@ from ckpt_conformance.runner import RunCheck, Runner, select
 
 
 def conformance_test(
-    harness: Harness, *, level: Level = Level.CORE, tiers: Sequence[Tier] = (), try_all: bool = False
+    harness: Harness, *, level: Level = Level.SHARDED, tiers: Sequence[Tier] = (), try_all: bool = False
 ) -> Callable[[Check], None]:
     """A test function with one case a check, to be assigned to a name that pytest collects.
 

@@ -56,7 +56,7 @@ def find_harness(engine: str, location: str = "") -> Harness:
 
 
 def select(level: Level, tiers: Sequence[Tier] = (), check_ids: Sequence[str] = ()) -> list[Check]:
-    """Checks up to a level, in some tiers (or all), with some ids (or all).
+    """Checks up to a level, in some tiers (or all); or those with some ids, whatever their level.
 
     Raises:
         ConfigError: an id that does not exist.
@@ -67,9 +67,7 @@ def select(level: Level, tiers: Sequence[Tier] = (), check_ids: Sequence[str] = 
     return [
         check
         for check in checks
-        if check.level <= level
-        and (not tiers or check.tier in tiers)
-        and (not check_ids or check.check_id in check_ids)
+        if (check.check_id in check_ids if check_ids else check.level <= level) and (not tiers or check.tier in tiers)
     ]
 
 

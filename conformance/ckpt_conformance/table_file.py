@@ -50,7 +50,8 @@ class TableFile:
 
 
 def _lines(report: Report, level: Level) -> Iterator[str]:
-    yield f"`ckpt-conformance --engine {report.engine} --level {level.name}`: {report.summary}."
+    up_to = "" if level is max(Level) else f" --level {level.name}"
+    yield f"`ckpt-conformance --engine {report.engine}{up_to}`: {report.summary}."
     yield ""
     yield from capability_lines(report)
     yield ""

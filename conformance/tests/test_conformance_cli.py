@@ -15,9 +15,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from ckpt_conformance import runner as running
+from ckpt_conformance.checks.registry import load_all
 from ckpt_conformance.cli import app, main
 from ckpt_conformance.harness import Harness
-from ckpt_conformance.levels import ModelKind
+from ckpt_conformance.levels import Level, ModelKind
 from ckpt_conformance.mutants.workers import LyingAbort
 from ckpt_conformance.reference.harness import ReferenceHarness
 from ckpt_core.errors import ConfigError, PluginNotFound
@@ -29,11 +30,12 @@ LYING = ReferenceHarness(LyingAbort)
 
 
 class _Known(ReferenceHarness):
-    known_failures: Mapping[str, str] = {"core.abort_honest": "it lies", QUICK: "was mended long ago"}
+    known_failures: Mapping[str, str] = {"transactional.abort_honest": "it lies", QUICK: "was mended long ago"}
 
 
 class _Bare(ReferenceHarness):
     kinds = frozenset({ModelKind.PLAIN})
+    streams = False
     sleep = Harness.sleep
 
 
@@ -66,7 +68,7 @@ def test_failure_explains_itself_and_fails_the_run(use: Use, tmp_path: Path) -> 
     use(LYING)
     files = {name: tmp_path / name for name in ("json", "markdown", "junit")}
     options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
-    result = run("--check", "core.abort_honest", *options)
+    result = run("--check", "transactional.abort_honest", *options)
     assert result.exit_code == 1
     assert result.output.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
     for label in ("rule:", "rank:", "expected:", "got:", "usual cause:"):
@@ -74,7 +76,7 @@ def test_failure_explains_itself_and_fails_the_run(use: Use, tmp_path: Path) -> 
     report = json.loads(files["json"].read_text())
     assert report["ok"] is False
     assert report["results"][0]["failure"]["got"] == "UNTOUCHED"
-    assert "| `core.abort_honest` | FAIL |" in files["markdown"].read_text()
+    assert "| `transactional.abort_honest` | FAIL |" in files["markdown"].read_text()
     suite = ET.fromstring(files["junit"].read_text())  # noqa: S314 our own file
     assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("1", "1", "0")
     assert suite.find("testcase/failure") is not None
@@ -82,7 +84,7 @@ def test_failure_explains_itself_and_fails_the_run(use: Use, tmp_path: Path) -> 
 
 def test_known_failure_passes_and_a_stale_one_fails_the_run(use: Use) -> None:
     use(known_and_lying)
-    known = run("--check", "core.abort_honest")
+    known = run("--check", "transactional.abort_honest")
     assert known.exit_code == 0
     assert known.output.splitlines()[-1] == "0 passed, 0 failed, 0 skipped, 1 known"
     stale = run("--check", QUICK)
@@ -93,15 +95,17 @@ def test_known_failure_passes_and_a_stale_one_fails_the_run(use: Use) -> None:
 
 def test_what_a_harness_does_not_offer_is_skipped_with_the_reason(use: Use) -> None:
     use(bare)
-    result = run("--check", "core.begin_refused_while_asleep", "--check", "core.tied_weights")
+    wanted = ("core.begin_refused_while_asleep", "core.tied_weights", "core.in_flight_keep")
+    result = run(*(part for check in wanted for part in ("--check", check)))
     assert result.exit_code == 0
+    assert "the harness does not offer servers that tell tokens as they come" in result.output
     assert "the harness does not offer sleep()" in result.output
     assert "no model of kind tied" in result.output
-    assert result.output.splitlines()[-1] == "0 passed, 0 failed, 2 skipped"
+    assert result.output.splitlines()[-1] == "0 passed, 0 failed, 3 skipped"
 
 
 def test_capability_table_shows_declared_and_proven() -> None:
-    result = run("--check", "core.snapshot_exact")
+    result = run("--check", "transactional.snapshot_exact")
     row = next(line for line in result.output.splitlines() if line.startswith("SNAPSHOT"))
     assert row.split() == ["SNAPSHOT", "full", "yes"]
     lora = next(line for line in result.output.splitlines() if line.startswith("LORA"))
@@ -109,10 +113,20 @@ def test_capability_table_shows_declared_and_proven() -> None:
 
 
 def test_list_names_every_check_and_its_rule() -> None:
-    result = run("--list", "--tier", "server")
+    result = run("--list", "--level", "SHARDED", "--tier", "server")
     assert result.exit_code == 0
     assert "core.server_update" in result.output
-    assert result.output.splitlines()[-1] == "1 checks"
+    assert "transactional.resume_while_poisoned" in result.output
+    assert result.output.splitlines()[-1] == "7 checks"
+
+
+def test_a_level_includes_those_below_it_and_a_named_check_needs_none() -> None:
+    counts = [len(running.select(level)) for level in Level]
+    assert counts == sorted(set(counts)), counts
+    assert {check.level for check in running.select(Level.VERIFIED)} == {Level.CORE, Level.VERIFIED}
+    assert running.select(Level.SHARDED) == list(load_all())
+    (named,) = running.select(Level.CORE, (), ("sharded.sharded_slices",))
+    assert named.level is Level.SHARDED
 
 
 def test_the_order_of_checks_is_that_of_their_topics_whatever_was_imported_first() -> None:

@@ -13,7 +13,7 @@ from ckpt_conformance.reference.harness import harness
 from ckpt_conformance.report import Status, failure_lines
 from ckpt_conformance.runner import Runner, select
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)  # servers of two ranks, on a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +29,12 @@ def _expect_pass(check: Check) -> None:
     assert result.status is Status.PASSED, "\n".join([result.reason, *failure_lines(result)])
 
 
-@pytest.mark.parametrize("check", select(Level.CORE, (Tier.STATIC, Tier.WORKER)), ids=lambda check: check.check_id)
+@pytest.mark.parametrize("check", select(Level.SHARDED, (Tier.STATIC, Tier.WORKER)), ids=lambda check: check.check_id)
 def test_reference_passes(check: Check) -> None:
     _expect_pass(check)
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("check", select(Level.CORE, (Tier.GROUP, Tier.SERVER)), ids=lambda check: check.check_id)
+@pytest.mark.parametrize("check", select(Level.SHARDED, (Tier.GROUP, Tier.SERVER)), ids=lambda check: check.check_id)
 def test_reference_passes_real_updates(check: Check) -> None:
     _expect_pass(check)

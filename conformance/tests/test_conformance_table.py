@@ -31,7 +31,7 @@ class _Unknown(ReferenceHarness):
 
 @pytest.fixture(autouse=True)
 def _few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = running.select(Level.CORE, (), QUICK)
+    few = running.select(Level.SHARDED, (), QUICK)
     monkeypatch.setattr("ckpt_conformance.cli.select", lambda *_: few)
 
 

@@ -84,7 +84,7 @@ def test_its_plugin_loads_and_has_every_required_hook(skeleton: Path) -> None:
 
 def test_its_suite_names_the_method_of_the_harness_to_be_written_first(skeleton: Path) -> None:
     harness: Harness = import_module("ckpt_skeletal_engine.harness").harness
-    report = Runner(harness).run(select(Level.CORE, (Tier.STATIC, Tier.WORKER)))
+    report = Runner(harness).run(select(Level.SHARDED, (Tier.STATIC, Tier.WORKER)))
     assert {result.status for result in report.results if result.check.tier is Tier.STATIC} == {Status.PASSED}
     assert not [r for r in report.results if r.check.tier is Tier.WORKER and r.status is Status.PASSED]
     text = "\n".join(closing_lines(report))
@@ -95,7 +95,7 @@ def test_its_suite_names_the_method_of_the_harness_to_be_written_first(skeleton:
 def test_with_a_harness_its_suite_names_the_hook(skeleton: Path) -> None:
     half = ReferenceHarness(implementation=import_module("ckpt_skeletal_engine.plugin"))
     half.engine = NAME
-    (result,) = Runner(half).run(select(Level.CORE, (), ("core.identify_stable",))).results
+    (result,) = Runner(half).run(select(Level.SHARDED, (), ("core.identify_stable",))).results
     assert result.failure is not None
     assert "ckpt_identify: say which rank" in result.failure.got
 

@@ -359,7 +359,8 @@ def test_identity_and_capabilities(models: tuple[Path, Path]) -> None:
     assert (info.rank, info.world_size, info.instance_id) == (0, 1, worker.instance_id)
     assert info.device_uuid != hook.ckpt_identify(worker=Worker(models[0])).device_uuid
     engine = hook.ckpt_engine_info()
-    assert not engine.support(Capability.DRAFT_MODEL).usable
+    assert engine.support(Capability.DRAFT_MODEL).usable
+    assert not engine.support(Capability.LORA).usable
     assert engine.support(Capability.DRAFT_MODEL).detail
     assert set(engine.capabilities) == set(Capability)
 

@@ -15,6 +15,7 @@ import torch
 from ckpt_conformance.models.tiny import Arch, make_tiny, perturb
 from ckpt_conformance.reference.checkpoint import read_tensors
 from ckpt_conformance.reference.config import read_config
+from ckpt_conformance.reference.messages import StepItem
 from ckpt_conformance.reference.options import WorkerOptions
 from ckpt_conformance.reference.parallel import TpGroup
 from ckpt_conformance.reference.worker import Worker
@@ -44,6 +45,34 @@ def test_logits_and_greedy_output_are_those_of_transformers(tmp_path: Path, arch
     tolerance = 1e-4 if dtype == "float32" else 5e-2
     torch.testing.assert_close(worker.logits(PROMPT), expected, atol=tolerance, rtol=tolerance)
     assert worker.generate(PROMPT, 24) == output[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0], ids=["guesses that hold now and then", "random guesses"])
+def test_a_draft_model_changes_how_tokens_are_computed_and_not_which(tmp_path: Path, scale: float) -> None:
+    worker = Worker(make_tiny(tmp_path, "qwen3", 3, dtype="float32", vocab=8, draft=True))
+    draft, calls = worker.model.draft, list[int]()
+    assert draft is not None
+    draft.proj.tensor("weight").data.mul_(scale)
+    worker.model.model.register_forward_hook(lambda _module, arguments, _out: calls.append(len(arguments[0])))
+    drafted = _stepped(worker, 40)
+    assert set(calls[1:]) == {2}
+    passes = len(calls)
+    assert _stepped(worker, 40, forget=True) == drafted
+    calls.clear()
+    worker.model.draft = None
+    assert _stepped(worker, 40) == drafted
+    assert passes < 40 == len(calls), "no guess held"
+
+
+def _stepped(worker: Worker, count: int, *, forget: bool = False) -> list[int]:
+    """Greedy tokens, an end token or not; where asked, as after an update between any two."""
+    tokens = worker.step([StepItem(sequence_id=1, token_ids=[5, 2, 7, 3], prefill=True)])
+    while len(tokens) < count:
+        if forget:
+            worker.kv.forget_ahead()
+        tokens += worker.step([StepItem(sequence_id=1, token_ids=tokens[-1:])])
+    worker.kv.free([1])
+    return tokens
 
 
 def test_output_depends_on_the_weights(tmp_path: Path) -> None:

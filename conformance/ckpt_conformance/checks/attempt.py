@@ -67,7 +67,8 @@ class Attempt:
         )
         entries = self._entries(checkpoint, names)
         entries = arrange(entries) if arrange else entries
-        step = tensors_per_bucket or max(1, len(entries))
+        half = (len(entries) + 1) // 2  # two buckets at least: checks of what happens between them need a second
+        step = max(1, min(tensors_per_bucket, half) if tensors_per_bucket else len(entries))
         self.batches = [
             [_item(entry, checkpoint) for entry in entries[i : i + step]] for i in range(0, len(entries), step)
         ]

@@ -36,7 +36,7 @@ class CheckpointStore:
         self._harness = harness
         self._directory = directory
         self._known: dict[tuple[ModelKind, int], Checkpoint] = {}
-        self._mixtures = 0
+        self._made = 0
 
     def get(self, kind: ModelKind, seed: int) -> Checkpoint:
         """The harness's checkpoint of that kind and seed."""
@@ -58,15 +58,20 @@ class CheckpointStore:
             )
         )
 
+    def new_directory(self, name: str) -> Path:
+        """An empty one, of this run."""
+        self._made += 1
+        place = self._directory / f"{name}-{self._made}"
+        place.mkdir(parents=True)
+        return place
+
     def mixture(self, base: Checkpoint, other: Checkpoint, names: Collection[str]) -> Checkpoint:
         """A checkpoint like `base`, but with these tensors from `other`."""
         return self.variant(base, {**base.tensors, **{name: other.tensors[name] for name in names}})
 
     def variant(self, base: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> Checkpoint:
         """A checkpoint with the configuration of `base` and any tensors."""
-        self._mixtures += 1
-        place = self._directory / f"variant-{self._mixtures}"
-        place.mkdir(parents=True)
+        place = self.new_directory("variant")
         for extra in base.path.iterdir():
             if extra.is_file() and ".safetensors" not in extra.name:
                 shutil.copyfile(extra, place / extra.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ckpt_conformance.bench import Bench
 from ckpt_conformance.checks.expect import differs
 from ckpt_conformance.checks.registry import CheckFailed, check
-from ckpt_conformance.levels import ModelKind
+from ckpt_conformance.levels import Level, ModelKind
 from ckpt_core.capability import Capability
 
 _RULE = "After an update the live weights equal those of a fresh start on the same checkpoint, bit by bit"
@@ -49,7 +49,21 @@ check(
     usual_cause="Padding that keeps old values, or sizes rounded down.",
 )(_equals_fresh)
 check(
+    "draft_model",
+    kinds=(ModelKind.DRAFT,),
+    needs=(Capability.DRAFT_MODEL,),
+    rule=f"{_RULE}, with a draft model that is loaded in the same step.",
+    usual_cause="Only the target's loader is called, and the draft model goes on guessing by the old weights.",
+)(_equals_fresh)
+check(
+    "scalar_and_empty",
+    kinds=(ModelKind.SCALARS,),
+    rule=f"{_RULE}, with a tensor without dimensions and one without elements.",
+    usual_cause="`tensor[0]` or `if tensor.numel()` in a loader.",
+)(_equals_fresh)
+check(
     "sharded_slices",
+    level=Level.SHARDED,
     kinds=(ModelKind.SHARDED,),
     rule=f"{_RULE}, on a rank that holds other slices than the first.",
     usual_cause="The first rank's slice taken, or heads counted wrongly where they are replicated.",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ckpt_conformance.bench import Bench
+from ckpt_conformance.checks.endpoints import endpoint_of, expect_state
 from ckpt_conformance.checks.expect import must_raise
 from ckpt_conformance.checks.registry import CheckFailed, check
 from ckpt_core.capability import Capability
 from ckpt_core.contract import EndpointState, PauseMode
-from ckpt_core.endpoint import Endpoint
 
 
 def _register_pause(capability: Capability, mode: PauseMode) -> None:
@@ -23,13 +21,13 @@ def _register_pause(capability: Capability, mode: PauseMode) -> None:
         worker = bench.worker_on(1)
         bench.harness.serve(worker)
         usual = bench.tokens(worker)
-        endpoint = _endpoint(bench, worker)
+        endpoint = endpoint_of(bench, worker)
         bench.hook.ckpt_pause(endpoint=endpoint, mode=mode)
-        _expect_state(bench, endpoint, EndpointState.PAUSED)
+        expect_state(bench, endpoint, EndpointState.PAUSED)
         with must_raise("generating while paused", rank=bench.rank(worker)):
             bench.tokens(worker)
         bench.hook.ckpt_resume(endpoint=endpoint, version=None)
-        _expect_state(bench, endpoint, EndpointState.SERVING)
+        expect_state(bench, endpoint, EndpointState.SERVING)
         if (tokens := bench.tokens(worker)) != usual:
             raise CheckFailed(expected=f"tokens {usual} again", got=str(tokens), rank=bench.rank(worker))
 
@@ -52,7 +50,7 @@ for _capability, _mode in (
 def flush_cache(bench: Bench) -> None:
     """The same prompt before and after the update, so that a prefix cache would answer."""
     worker = bench.worker_on(1)
-    endpoint = _endpoint(bench, worker)
+    endpoint = endpoint_of(bench, worker)
     bench.harness.serve(worker)
     bench.tokens(worker)
     bench.hook.ckpt_pause(endpoint=endpoint, mode=PauseMode.WAIT)
@@ -73,9 +71,9 @@ def flush_cache(bench: Bench) -> None:
 def sleep_and_wake(bench: Bench) -> None:
     """Weights dropped and allocated again."""
     worker = bench.worker_on(1)
-    endpoint = _endpoint(bench, worker)
+    endpoint = endpoint_of(bench, worker)
     bench.harness.sleep(worker)
-    _expect_state(bench, endpoint, EndpointState.ASLEEP)
+    expect_state(bench, endpoint, EndpointState.ASLEEP)
     bench.hook.ckpt_wake(endpoint=endpoint, tags=("weights", "kv_cache"))
     bench.expect_silent(worker, "the weights have no contents")
     bench.hook.ckpt_pause(endpoint=endpoint, mode=PauseMode.ABORT)
@@ -103,16 +101,3 @@ def initial_weights(bench: Bench) -> None:
     attempt.commit()
     bench.harness.serve(worker)
     bench.tokens(worker)
-
-
-def _endpoint(bench: Bench, worker: Any) -> Endpoint:
-    target = bench.harness.target(worker)
-    endpoint = Endpoint(url=target.url, engine=target.engine, handle=target.handle)
-    bench.resources.callback(endpoint.close)
-    return endpoint
-
-
-def _expect_state(bench: Bench, endpoint: Endpoint, state: EndpointState) -> None:
-    status = bench.hook.ckpt_ready(endpoint=endpoint)
-    if status.state is not state:
-        raise CheckFailed(expected=f"ckpt_ready says {state.value}", got=f"{status.state.value} ({status.detail})")

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from ckpt_conformance.bench import Bench
-from ckpt_conformance.checks.attempt import device_of
+from ckpt_conformance.checks.attempt import Attempt, device_of
 from ckpt_conformance.checks.expect import must_raise
 from ckpt_conformance.checks.registry import check
 from ckpt_conformance.levels import ModelKind
@@ -37,6 +37,14 @@ class ExplodingTensor(torch.Tensor):
         raise InjectedFault(f"injected into the engine's loader at {func}")
 
 
+def exploding_bucket(bench: Bench, worker: Any, attempt: Attempt) -> LoadBucket:
+    """The second bucket of an update, with nothing in it but a tensor that cannot be read."""
+    name, tensor, box = attempt.batches[1][0]
+    with torch.no_grad():
+        broken = ExplodingTensor(tensor, device_of(bench.plugin, worker))
+    return LoadBucket(index=1, tensors=(LoadTensor(name=name, tensor=broken, box=box),))
+
+
 @check(
     "load_failure_surfaces",
     kinds=_KINDS,
@@ -49,11 +57,8 @@ def load_failure_surfaces(bench: Bench) -> None:
     attempt = bench.attempt(worker, 2)
     attempt.begin()
     attempt.load(0)
-    name, tensor, box = attempt.batches[1][0]
-    with torch.no_grad():
-        broken = ExplodingTensor(tensor, device_of(bench.plugin, worker))
-    bucket = LoadBucket(index=1, tensors=(LoadTensor(name=name, tensor=broken, box=box),))
-    with must_raise("ckpt_load whose loader fails", tensor=name, rank=bench.rank(worker)):
+    bucket = exploding_bucket(bench, worker, attempt)
+    with must_raise("ckpt_load whose loader fails", tensor=bucket.tensors[0].name, rank=bench.rank(worker)):
         attempt.load_bucket(bucket)
     attempt.abort()
 

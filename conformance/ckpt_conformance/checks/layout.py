@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -52,6 +53,25 @@ def layout_fits(bench: Bench) -> None:
     check_coverage({bench.rank(worker): layout}, manifest=manifest)
     if not layout.entries:
         raise CheckFailed(expected="some slices", got="none", rank=bench.rank(worker))
+
+
+@check(
+    "layout_pure",
+    kinds=_ALL_KINDS,
+    rule="ckpt_layout says the same of the same manifest each time: asked again, after an update, and of another instance.",
+    usual_cause="An order out of a set or a dict of objects, or what the last update left behind.",
+)
+def layout_pure(bench: Bench) -> None:
+    """Plans are agreed by their digest: every rank must come to the same."""
+    worker, other, tensors = bench.worker(), bench.worker(), bench.checkpoint(1).tensors
+    first = _layout(bench, worker, tensors)
+    again = {"asked again": _layout(bench, worker, tensors), "of another instance": _layout(bench, other, tensors)}
+    bench.update(worker, 1)
+    again["after an update"] = _layout(bench, worker, tensors)
+    for when, layout in again.items():
+        if layout != first:
+            name, got = next(_differences(first, layout), ("", "another order"))
+            raise CheckFailed(expected="the same layout as before", got=f"{got}, {when}", tensor=name)
 
 
 @check(
@@ -108,6 +128,13 @@ def _layout(bench: Bench, worker: Any, tensors: Mapping[str, torch.Tensor]) -> L
     if layout is None:
         raise NotOffered("a layout: every tensor comes whole")
     return layout
+
+
+def _differences(one: Layout, other: Layout) -> Iterator[tuple[str, str]]:
+    """Name, and what another layout has there."""
+    for mine, its in zip_longest(one.entries, other.entries):
+        if mine != its:
+            yield (mine or its).tensor, str(its)
 
 
 def _some(names: set[str]) -> list[str]:

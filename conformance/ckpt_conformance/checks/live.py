@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from ckpt_conformance.bench import Bench
 from ckpt_conformance.checks.registry import CheckFailed, check
-from ckpt_conformance.levels import ModelKind
+from ckpt_conformance.levels import Level, ModelKind
 from ckpt_core.capability import Capability
 from ckpt_core.contract import LiveTensor
 
 
 @check(
     "live_read_complete",
+    level=Level.VERIFIED,
     kinds=tuple(ModelKind),
     needs=(Capability.LIVE_READ,),
     rule="ckpt_live has all that an update determines, as the storage itself and not copies, each with its state.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ckpt_conformance.bench import Bench
 from ckpt_conformance.checks.registry import CheckFailed, check
+from ckpt_conformance.levels import Level
 from ckpt_core.capability import Capability
 
 _CAUSE = "a check poisons it"
@@ -11,6 +12,7 @@ _CAUSE = "a check poisons it"
 
 @check(
     "poison_guard",
+    level=Level.TRANSACTIONAL,
     needs=(Capability.POISON_GUARD,),
     rule="While ckpt_poison is armed no token is produced, whoever resumes the engine; ckpt_poison(None) disarms it.",
     usual_cause="Only the scheduler is paused, and any client may resume it.",
@@ -30,6 +32,7 @@ def poison_guard(bench: Bench) -> None:
 
 @check(
     "poison_outlives_update",
+    level=Level.TRANSACTIONAL,
     needs=(Capability.POISON_GUARD,),
     rule="Nothing but ckpt_poison(None) disarms the guard: not begin, finish or abort.",
     usual_cause="Finish or resume clears the flag.",

@@ -18,6 +18,7 @@ _TOPICS = (
     "identity",
     "layout",
     "order",
+    "hidden",
     "content",
     "buckets",
     "memory",
@@ -29,8 +30,15 @@ _TOPICS = (
     "live",
     "partial",
     "control",
+    "version",
     "group",
+    "fleet",
+    "looks",
+    "undo",
+    "losses",
     "server",
+    "requests",
+    "server_guard",
 )
 CheckFunction: TypeAlias = "Callable[[Bench], None]"
 

@@ -7,9 +7,9 @@ from typing import TypeAlias
 
 from ckpt_conformance.bench import NEW_TOKENS, PROMPT, Bench
 from ckpt_conformance.checks.registry import CheckFailed, check
+from ckpt_conformance.checks.updates import updater
 from ckpt_conformance.harness import Server
 from ckpt_conformance.levels import Tier
-from ckpt_core.api import Updater
 
 _RANKS = 2
 _SEEDS = (1, 2)
@@ -27,23 +27,25 @@ def server_update(bench: Bench) -> None:
     expected = {seed: _fresh(bench, seed) for seed in _SEEDS}
     with (
         bench.harness.server(bench.checkpoint(1).path, ranks=_RANKS, dummy=True) as server,
-        Updater([server.target]) as updater,
+        updater(bench, [server.target]) as updating,
     ):
         for seed in _SEEDS:
-            updater.update(bench.checkpoint(seed).path)
-            _compare(expected[seed], _answer(server))
+            updating.update(bench.checkpoint(seed).path)
+            compare(expected[seed], answer_of(server))
 
 
 def _fresh(bench: Bench, seed: int) -> Answer:
     with bench.harness.server(bench.checkpoint(seed).path, ranks=_RANKS, dummy=False) as server:
-        return _answer(server)
+        return answer_of(server)
 
 
-def _answer(server: Server) -> Answer:
+def answer_of(server: Server) -> Answer:
+    """Tokens for the usual prompt, and digests of what lives."""
     return server.generate(PROMPT, NEW_TOKENS), server.digests() if server.digests is not None else ()
 
 
-def _compare(expected: Answer, got: Answer) -> None:
+def compare(expected: Answer, got: Answer) -> None:
+    """Raise CheckFailed where digests or tokens differ."""
     for rank, (wanted, found) in enumerate(zip(expected[1], got[1], strict=True)):
         for name, digest in wanted.items():
             if found.get(name) != digest:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ckpt_conformance.bench import Bench
 from ckpt_conformance.checks.registry import CheckFailed, check
-from ckpt_conformance.levels import ModelKind
+from ckpt_conformance.levels import Level, ModelKind
 from ckpt_core.capability import Capability
 
 
 @check(
     "snapshot_exact",
+    level=Level.TRANSACTIONAL,
     kinds=(ModelKind.PLAIN, ModelKind.EXPERTS, ModelKind.QUANTISED),
     needs=(Capability.SNAPSHOT,),
     rule="A snapshot restored after an abort gives every bit back, into the same storage.",

@@ -21,5 +21,7 @@ TINY_KINDS: dict[ModelKind, dict[str, Any]] = {
         "intermediate": 35,
         "dtype": "float32",
     },
+    ModelKind.DRAFT: {"arch": "qwen3", "layers": 1, "draft": True},
+    ModelKind.SCALARS: {"arch": "llama", "layers": 1, "scalars": True},
     ModelKind.SHARDED: {"arch": "llama"},
 }

@@ -48,6 +48,8 @@ class TinyShape:
     intermediate: int
     experts: int
     moe_intermediate: int
+    scalars: bool
+    draft: bool
 
     @property
     def qk_norm(self) -> bool:
@@ -71,6 +73,8 @@ def make_tiny(
     intermediate: int = 192,
     experts: int = 8,
     moe_intermediate: int = 48,
+    scalars: bool = False,
+    draft: bool = False,
     files: int = 1,
 ) -> Path:
     """Write a random checkpoint into `directory` and return it.
@@ -83,6 +87,8 @@ def make_tiny(
         seed: of every value.
         tied: the head is the embedding; no lm_head.weight is written.
         dtype: "bfloat16" or "float32".
+        scalars: with a tensor without dimensions and one without elements; for the reference engine.
+        draft: with a draft model; for the reference engine.
         files: number of safetensors files; with more than one an index is written.
 
     Raises:
@@ -105,6 +111,8 @@ def make_tiny(
         intermediate=intermediate,
         experts=experts,
         moe_intermediate=moe_intermediate,
+        scalars=scalars,
+        draft=draft,
     )
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
@@ -150,6 +158,10 @@ def tensor_shapes(shape: TinyShape) -> dict[str, tuple[int, ...]]:
     sizes["model.norm.weight"] = (shape.hidden,)
     if not shape.tied:
         sizes["lm_head.weight"] = (shape.vocab, shape.hidden)
+    if shape.draft:
+        sizes["draft.proj.weight"] = (shape.hidden, shape.hidden)
+    if shape.scalars:
+        sizes |= {"logit_scale.weight": (), "logit_scale.g_idx": (0,)}
     return sizes
 
 
@@ -198,7 +210,7 @@ def _random(name: str, size: tuple[int, ...], seed: int, dtype: torch.dtype) -> 
     # torch's CPU generator takes 32 bits of a seed: the name and the number must both be in them
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     values = torch.empty(size, dtype=torch.float32).normal_(generator=generator)
-    if len(size) == 1:
+    if len(size) <= 1:
         return (1 + 0.1 * values).to(dtype)
     scale = 0.3 if "embed_tokens" in name else 1.5 / math.sqrt(size[-1])
     return values.mul_(scale).to(dtype)
@@ -223,6 +235,8 @@ def _config(shape: TinyShape, dtype: str) -> dict[str, Any]:
         "attention_bias": False,
         "bos_token_id": None,
         "eos_token_id": EOS_TOKEN_ID,
+        **({"scaled_logits": True} if shape.scalars else {}),
+        **({"draft_head": True} if shape.draft else {}),
         "torch_dtype": dtype,
     }
     if shape.arch == "qwen3_moe":

@@ -11,7 +11,7 @@ import torch
 
 from ckpt_conformance.checks.failure import InjectedFault
 from ckpt_conformance.reference.worker import Snapshot, Worker
-from ckpt_core.contract import AbortOutcome, LoadReport, PauseMode, Update
+from ckpt_core.contract import AbortOutcome, LoadReport, Update
 
 Tensors = Sequence[tuple[str, torch.Tensor]]
 
@@ -283,11 +283,3 @@ class WaitForgotten(Worker):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.waiting_cause = None
-
-
-class DeafPause(Worker):
-    """Pausing in one of the modes does nothing."""
-
-    def pause(self, mode: PauseMode = PauseMode.WAIT) -> int:
-        """Pause, but for keep."""
-        return 0 if mode is PauseMode.KEEP else super().pause(mode)

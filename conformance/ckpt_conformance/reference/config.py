@@ -28,7 +28,12 @@ class MoeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """All that the model needs to know to be built. Sizes are those of the whole model, before sharding."""
+    """All that the model needs to know to be built. Sizes are those of the whole model, before sharding.
+
+    Attributes:
+        scaled_logits: logits are multiplied by a scalar of the checkpoint; this engine's own extension.
+        draft_head: the checkpoint has a draft model; so is this.
+    """
 
     architecture: str
     vocab_size: int
@@ -44,6 +49,8 @@ class ModelConfig:
     tied: bool
     qk_norm: bool
     attention_bias: bool
+    scaled_logits: bool
+    draft_head: bool
     dtype: DType
     eos_token_ids: frozenset[int]
     moe: MoeConfig | None = None
@@ -111,6 +118,8 @@ def _parse(raw: Mapping[str, Any], *, dtype: str, eos_token_ids: frozenset[int])
         tied=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=qwen,
         attention_bias=bool(raw.get("attention_bias", False)),
+        scaled_logits=bool(raw.get("scaled_logits", False)),
+        draft_head=bool(raw.get("draft_head", False)),
         dtype=_dtype(raw, dtype),
         eos_token_ids=eos_token_ids,
         moe=_moe(raw) if architecture == "Qwen3MoeForCausalLM" else None,

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from ckpt_conformance.harness import Harness, Server
+from ckpt_conformance.harness import Harness, Server, Token
 from ckpt_conformance.levels import ModelKind
 from ckpt_conformance.models.kinds import TINY_KINDS
 from ckpt_conformance.models.tiny import make_tiny
@@ -29,16 +29,28 @@ class ReferenceHarness(Harness):
     Args:
         worker_type: the class of its workers.
         implementation: the module or object with its hooks.
+        server_prefix: command that runs its server, before the usual one.
+        rank_plugin: module with the hooks that the server's ranks use; "" for the usual one.
     """
 
     engine = reference_plugin.ENGINE
     plugin_module = reference_plugin.__name__
     engine_modules = ("torch", "ckpt_conformance.reference.worker")
     kinds = frozenset(ModelKind)
+    streams = True
 
-    def __init__(self, worker_type: type[Worker] = Worker, implementation: Any = reference_plugin) -> None:
+    def __init__(
+        self,
+        worker_type: type[Worker] = Worker,
+        implementation: Any = reference_plugin,
+        *,
+        server_prefix: Sequence[str] = (),
+        rank_plugin: str = "",
+    ) -> None:
         self.worker_type = worker_type
         self.implementation = implementation
+        self._server_prefix = server_prefix
+        self._server_extra = (f"--plugin={rank_plugin}",) if rank_plugin else ()
 
     def plugin(self) -> EnginePlugin:
         """The plugin, or the variant."""
@@ -101,13 +113,24 @@ class ReferenceHarness(Harness):
         """A process per rank, and one that serves."""
         from ckpt_conformance.reference.launch import ReferenceServer
 
-        with ReferenceServer(checkpoint, tp=ranks, load_format="dummy" if dummy else "auto") as server:
+        with ReferenceServer(
+            checkpoint,
+            tp=ranks,
+            load_format="dummy" if dummy else "auto",
+            extra=self._server_extra,
+            prefix=self._server_prefix,
+        ) as server:
 
             def generate(prompt_token_ids: Sequence[int], max_tokens: int) -> list[int]:
                 return list(server.generate(prompt_token_ids, max_tokens)["token_ids"])
 
+            def stream(prompt_token_ids: Sequence[int], max_tokens: int) -> Iterator[Token]:
+                for event in server.stream(prompt_token_ids, max_tokens, ignore_eos=True):
+                    if "token_id" in event:
+                        yield Token(token_id=event["token_id"], version=event["version"])
+
             target = Target(engine=self.engine, url=server.url)
-            yield Server(target=target, generate=generate, digests=server.live_digests)
+            yield Server(target=target, generate=generate, digests=server.live_digests, stream=stream)
 
     def _start(self, checkpoint: Path, kind: ModelKind, options: WorkerOptions) -> Worker:
         # no process group: weights are laid out as on that rank, and this kind never generates

@@ -32,11 +32,18 @@ class CacheShape:
 
 
 class SequenceCache:
-    """Keys and values of one sequence. `length` tokens are valid in every layer."""
+    """Keys and values of one sequence. `length` tokens are valid in every layer.
+
+    Attributes:
+        guess: what a draft model takes for the token after next; see `draft`.
+        ahead: the token after the last one, whose keys and values are here already; None where they are not.
+    """
 
     def __init__(self, shape: CacheShape, capacity: int = 64) -> None:
         self.shape = shape
         self.length = 0
+        self.guess: int | None = None
+        self.ahead: int | None = None
         self._data = shape.empty(capacity)
 
     def reserve(self, tokens: int) -> None:
@@ -57,6 +64,16 @@ class SequenceCache:
     def advance(self, tokens: int) -> None:
         """All layers have written that many tokens."""
         self.length += tokens
+
+    def retreat(self) -> None:
+        """The last token is not valid."""
+        self.length -= 1
+
+    def forget_ahead(self) -> None:
+        """What was computed ahead of the last token came from other weights."""
+        if self.ahead is not None:
+            self.retreat()
+        self.guess = self.ahead = None
 
     def append_block(self, block: torch.Tensor) -> None:
         """Take over a cached block [2, layers, kv_heads, t, head_dim]."""
@@ -134,6 +151,11 @@ class KvCache:
         """Drop sequences; unknown ones are no error, since an abort may come twice."""
         for sequence_id in sequence_ids:
             self.sequences.pop(sequence_id, None)
+
+    def forget_ahead(self) -> None:
+        """No token that is still to be told comes from the weights until now."""
+        for sequence in self.sequences.values():
+            sequence.forget_ahead()
 
     def flush(self) -> None:
         """Drop the prefix cache. Running sequences keep their own copies."""

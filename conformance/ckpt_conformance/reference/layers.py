@@ -51,6 +51,24 @@ class RMSNorm(ShardedLayer):
         return self.tensor("weight") * full.to(hidden.dtype)
 
 
+class LogitScale(ShardedLayer):
+    """A scalar that logits are multiplied by, and an order of its (no) columns, empty as in checkpoints without reordering."""
+
+    def __init__(self, context: LayerContext) -> None:
+        super().__init__(context)
+        self.add_parameter("weight", (), copy_whole)
+        self.add_parameter("g_idx", (0,), copy_whole)
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        """Both."""
+        for name, spec in self.specs.items():
+            yield CheckpointTensor(name=f"logit_scale.{name}", layer=self, parameter=name, shape=spec.shape)
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        """Float32 logits, scaled."""
+        return logits * self.tensor("weight").float()
+
+
 class ReplicatedLinear(ShardedLayer):
     """The whole weight on every rank, never quantised (routers)."""
 

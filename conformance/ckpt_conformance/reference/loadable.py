@@ -254,7 +254,7 @@ def seeded_values(layer: LoadableLayer, prefix: str, *, seed: int, rank: int) ->
         owner = "all" if spec.loader is copy_whole else str(rank)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{owner}:{prefix}.{name}".encode()))
         data = layer.tensor(name).data
-        if len(spec.shape) == 1:
+        if len(spec.shape) <= 1:
             data.copy_(torch.empty(spec.shape).uniform_(0.9, 1.1, generator=generator))
             continue
         bound = (3.0 / spec.shape[-1]) ** 0.5

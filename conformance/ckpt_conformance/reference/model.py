@@ -10,11 +10,13 @@ from torch import nn
 
 from ckpt_conformance.reference.attention import Attention, RotaryTable
 from ckpt_conformance.reference.config import ModelConfig
+from ckpt_conformance.reference.draft import DraftHead
 from ckpt_conformance.reference.experts import MoeBlock
 from ckpt_conformance.reference.kv_cache import CacheShape, SequenceCache
 from ckpt_conformance.reference.layers import (
     GateUpProjection,
     LayerContext,
+    LogitScale,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -95,17 +97,23 @@ class CausalLM(nn.Module):
             if config.tied
             else VocabParallelEmbedding(context, "lm_head", config.vocab_size, config.hidden_size)
         )
+        self.logit_scale = LogitScale(context) if config.scaled_logits else nn.Identity()
+        self.draft = DraftHead(context, config.hidden_size) if config.draft_head else None
         self.table = {tensor.name: tensor for tensor in _named_tensors(self)}
         rotary = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_layers)}
         self.ignored = frozenset(rotary | ({"lm_head.weight"} if config.tied else set()))
 
     def forward(self, token_ids: torch.Tensor, cache: SequenceCache) -> torch.Tensor:
         """Token ids [t] behind what the cache holds, to float32 logits [t, vocab]."""
-        return self.lm_head.logits(self.model(token_ids, cache))
+        return self.logits(self.model(token_ids, cache))
 
     def next_logits(self, token_ids: torch.Tensor, cache: SequenceCache) -> torch.Tensor:
         """As forward, for the last position only: [vocab]."""
-        return self.lm_head.logits(self.model(token_ids, cache)[-1:])[0]
+        return self.logits(self.model(token_ids, cache)[-1:])[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, hidden] to float32 logits [n, vocab]."""
+        return self.logit_scale(self.lm_head.logits(hidden))  # type: ignore[no-any-return]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load whole checkpoint tensors. Keeps no reference to any of them.

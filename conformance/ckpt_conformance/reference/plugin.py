@@ -36,13 +36,12 @@ if TYPE_CHECKING:
 
 ENGINE = "reference"
 
-_NO_DRAFT = not_implemented("the engine has no draft model")
 _NO_LORA = not_implemented("the engine has no adapters")
 _CAPABILITIES: Mapping[Capability, Support] = {
     **dict.fromkeys(Capability, FULL),
     Capability.PARTIAL_UPDATE: Support(level=Level.FULL, detail="a quantised module must arrive whole"),
     Capability.STABLE_ADDRESSES: Support(level=Level.FULL, detail="except over sleep and wake"),
-    Capability.DRAFT_MODEL: _NO_DRAFT,
+    Capability.DRAFT_MODEL: Support(level=Level.FULL, detail="a head in the model's own checkpoint"),
     Capability.LORA: _NO_LORA,
 }
 

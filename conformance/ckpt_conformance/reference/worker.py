@@ -16,6 +16,7 @@ import torch
 
 from ckpt_conformance.reference.checkpoint import load_checkpoint
 from ckpt_conformance.reference.config import read_config
+from ckpt_conformance.reference.draft import next_token
 from ckpt_conformance.reference.kv_cache import KvCache
 from ckpt_conformance.reference.layers import LayerContext
 from ckpt_conformance.reference.messages import StepItem
@@ -284,6 +285,7 @@ class Worker:
         if lacking := sorted((update.expected & self.model.table.keys()) - self._arrived):
             raise CoverageError(f"rank {self.rank}: {len(lacking)} expected tensors did not arrive: {lacking[:8]}")
         self.model.process_weights_after_loading()
+        self.kv.forget_ahead()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if update.replayed:
@@ -388,7 +390,7 @@ class Worker:
         cache = self.kv.start(item.sequence_id, item.token_ids) if item.prefill else None
         sequence = cache or self.kv.sequences[item.sequence_id]
         new = item.token_ids[sequence.length :] if item.prefill else item.token_ids
-        logits = self.model.next_logits(torch.tensor(new, device=self.device), sequence)
+        token = next_token(self.model, torch.tensor(new, device=self.device), sequence)
         if item.prefill:
             self.kv.prefix.store(item.token_ids, sequence)
-        return int(logits.argmax())
+        return token

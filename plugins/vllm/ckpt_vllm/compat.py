@@ -41,7 +41,7 @@ def version_warning(installed: str | None) -> str:
         return ""
     return (
         f"ckpt-core was never run on vLLM {installed} (only on {', '.join(RAN_VERSIONS)}); run "
-        "`ckpt-conformance --engine vllm --level CORE` with it before you rely on it"
+        "`ckpt-conformance --engine vllm` with it before you rely on it"
     )
 
 
