@@ -17,7 +17,7 @@ from ckpt_conformance.reference.harness import ReferenceHarness
 from ckpt_core.errors import ConfigError
 
 MARKERS = "<!-- ckpt-conformance: table of reference -->\n<!-- ckpt-conformance: end of the table -->\n"
-QUICK = ("core.identify_stable", "core.begin_refused_while_asleep", "core.tied_weights", "core.sharded_slices")
+QUICK = ("core.identify_stable", "core.begin_refused_while_asleep", "core.tied_weights", "sharded.sharded_slices")
 
 
 class _Bare(ReferenceHarness):
@@ -80,7 +80,7 @@ def test_the_table_says_what_was_skipped_and_why(readme: Path, monkeypatch: pyte
     assert f"| SLEEP | full | - | {reason} |" in text
     assert "| TIED_WEIGHTS | full | - | core.tied_weights: the harness has no model of kind tied |" in text
     assert [line for line in text.splitlines() if line.startswith("*")] == [
-        "* core.sharded_slices: the harness has no model of kind sharded"
+        "* sharded.sharded_slices: the harness has no model of kind sharded"
     ]
     assert "| LORA | not_implemented | - | the engine has no adapters |" in text
 

@@ -21,7 +21,7 @@ from ckpt_conformance.reference.harness import ReferenceHarness
 
 
 class Known(ReferenceHarness):
-    known_failures = {"core.abort_honest": "it lies", "core.plugin_loads": "was mended long ago"}
+    known_failures = {"transactional.abort_honest": "it lies", "core.plugin_loads": "was mended long ago"}
 
 
 check_static = conformance_test(Known(LyingAbort), tiers=[Tier.STATIC])
@@ -51,9 +51,9 @@ def test_passes_failures_and_known_failures_are_pytests_own(tmp_path: Path) -> N
         "test_engine.py::check_static[core.plugin_loads]": "FAILED",  # stale
         "test_engine.py::check_static[core.capabilities_explained]": "PASSED",
         "test_engine.py::check_known[core.identify_stable]": "PASSED",
-        "test_engine.py::check_known[core.abort_honest]": "XFAIL",
+        "test_engine.py::check_known[transactional.abort_honest]": "XFAIL",
         "test_engine.py::check_engine[core.identify_stable]": "PASSED",
-        "test_engine.py::check_engine[core.abort_honest]": "FAILED",
+        "test_engine.py::check_engine[transactional.abort_honest]": "FAILED",
     }
     for said in ("passes, but is a known failure: was mended long ago", "usual cause:", "got:         UNTOUCHED"):
         assert said in done.stdout
