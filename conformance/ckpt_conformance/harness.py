@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckpt_conformance.levels import ModelKind
+from ckpt_conformance.streams import Told
 from ckpt_core.plugins import EnginePlugin
 
 if TYPE_CHECKING:
@@ -35,18 +36,10 @@ class Generate(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
-    """A token of an answer, and the version of the weights that made it; "" where the server does not tell."""
-
-    token_id: int
-    version: str
-
-
 class Stream(Protocol):
-    """Greedy generation by a server, told token by token; an end token is no end."""
+    """Greedy generation by a server, told as it goes on; an end token is no end."""
 
-    def __call__(self, prompt_token_ids: Sequence[int], max_tokens: int) -> Iterator[Token]:
+    def __call__(self, prompt_token_ids: Sequence[int], max_tokens: int) -> Iterator[Told]:
         """Tokens as they come. It ends with the request, however that ends."""
         ...
 
@@ -59,7 +52,7 @@ class Server:
         target: how an update addresses it.
         generate: greedy, over HTTP.
         digests: of every live tensor, by rank and name; None where the engine does not tell.
-        stream: as generate, token by token; None where `Harness.streams` is not set.
+        stream: as generate, token after token; None where `Harness.streams` is not set.
         most_tokens: that an answer can have: a request that is to be in flight at an update asks for so many.
     """
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cases import SHORT, Case, Checkpoints, Fresh, make_checkpoints
-from engine_clients import CLIENTS, Client, Refused
+from engine_clients import CLIENTS, Client
 
+from ckpt_conformance.streams import Refused
 from ckpt_core import Outcome, plugins
 from ckpt_core.contract import EndpointState, EndpointStatus
 from ckpt_core.endpoint import Endpoint
@@ -152,7 +153,7 @@ def start_server(engine: str, stack: ExitStack, checkpoint: Path, **options: Any
     """A server that ends with the stack, and a client of it."""
     module, name = _LAUNCHERS[engine]
     launcher, kind = getattr(import_module(module), name), CLIENTS[engine]
-    server = stack.enter_context(launcher(checkpoint, extra=kind.server_options, **options))
+    server = stack.enter_context(launcher(checkpoint, extra=kind.server_options(), **options))
     client = kind(server.url)
     stack.callback(client.close)
     return server, client

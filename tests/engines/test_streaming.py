@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import pytest
 from cases import LONG_CASES, SHORT
 from deployments import INSTALLED
-from engine_clients import Refused
 
+from ckpt_conformance.streams import Refused
 from ckpt_core import plugins
 from ckpt_core.capability import Capability
 from ckpt_core.contract import PauseMode

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from ckpt_conformance.harness import Harness, Server, Token
+from ckpt_conformance.harness import Harness, Server
 from ckpt_conformance.levels import ModelKind
 from ckpt_conformance.models.kinds import TINY_KINDS
 from ckpt_conformance.models.tiny import make_tiny
@@ -18,6 +18,7 @@ from ckpt_conformance.reference import plugin as reference_plugin
 from ckpt_conformance.reference.options import WorkerOptions
 from ckpt_conformance.reference.parallel import TpGroup
 from ckpt_conformance.reference.worker import Worker
+from ckpt_conformance.streams import Span, Told
 from ckpt_core.api import Target
 from ckpt_core.contract import AttachResult, Rendezvous
 from ckpt_core.plugins import EnginePlugin
@@ -124,10 +125,11 @@ class ReferenceHarness(Harness):
             def generate(prompt_token_ids: Sequence[int], max_tokens: int) -> list[int]:
                 return list(server.generate(prompt_token_ids, max_tokens)["token_ids"])
 
-            def stream(prompt_token_ids: Sequence[int], max_tokens: int) -> Iterator[Token]:
-                for event in server.stream(prompt_token_ids, max_tokens, ignore_eos=True):
-                    if "token_id" in event:
-                        yield Token(token_id=event["token_id"], version=event["version"])
+            def stream(prompt_token_ids: Sequence[int], max_tokens: int) -> Iterator[Told]:
+                events = server.stream(prompt_token_ids, max_tokens, ignore_eos=True)
+                for number, event in enumerate(event for event in events if "token_id" in event):
+                    span = Span(version=event["version"], start=number, end=number + 1)
+                    yield Told(token_ids=(event["token_id"],), spans=(span,))
 
             target = Target(engine=self.engine, url=server.url)
             yield Server(target=target, generate=generate, digests=server.live_digests, stream=stream)

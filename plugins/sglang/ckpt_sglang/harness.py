@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from ckpt_conformance.levels import ModelKind
 from ckpt_conformance.models.tiny import make_tiny
 from ckpt_core.api import Target
 from ckpt_core.contract import PauseMode
-from ckpt_sglang import compat
+from ckpt_sglang import answers, compat
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,8 @@ _MODELS: dict[ModelKind, dict[str, Any]] = {
         "dtype": "float32",
     },
 }
+_CONTEXT = 2700
+_LONG_ANSWER = 1000  # tokens: some seconds on a CPU
 _NOT_WEIGHTS = ("cos_sin_cache",)  # made of the configuration, once
 
 
@@ -49,6 +52,7 @@ class SglangHarness(Harness):
     plugin_module = "ckpt_sglang.plugin"
     engine_modules = ("torch", "sglang")
     kinds = frozenset(_MODELS)
+    streams = True
 
     def __init__(self) -> None:
         self._free: dict[ModelKind, list[Slot]] = {}
@@ -112,9 +116,15 @@ class SglangHarness(Harness):
         """A real server."""
         from ckpt_sglang.launch import SglangServer
 
-        with SglangServer(checkpoint, tp=ranks, load_format="dummy" if dummy else "auto") as server:
-            target = Target(engine=self.engine, url=server.url)
-            yield Server(target=target, generate=server.generate, digests=server.live_digests)
+        options = (f"--context-length={_CONTEXT}", f"--max-total-tokens={2 * _CONTEXT}")
+        with SglangServer(checkpoint, tp=ranks, load_format="dummy" if dummy else "auto", extra=options) as server:
+            yield Server(
+                target=Target(engine=self.engine, url=server.url),
+                generate=server.generate,
+                digests=server.live_digests,
+                stream=partial(answers.stream, server.client),
+                most_tokens=_LONG_ANSWER,
+            )
 
     def _slot(self, worker: SglangRank) -> Slot:
         return self._slots[worker][1]

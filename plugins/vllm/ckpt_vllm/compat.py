@@ -10,6 +10,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_core.errors import EngineStateError
@@ -43,6 +45,13 @@ def version_warning(installed: str | None) -> str:
         f"ckpt-core was never run on vLLM {installed} (only on {', '.join(RAN_VERSIONS)}); run "
         "`ckpt-conformance --engine vllm` with it before you rely on it"
     )
+
+
+def has_token_route() -> bool:
+    """Whether servers can be asked for tokens by tokens, and tell which weights made which (0.32.0). Imports nothing of vLLM."""
+    found = find_spec("vllm")
+    where = (found and found.submodule_search_locations) or ()
+    return any(Path(directory, "entrypoints", "scale_out").is_dir() for directory in where)
 
 
 # -- the worker --------------------------------------------------------------------------------------------------------

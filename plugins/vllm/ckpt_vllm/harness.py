@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -21,7 +22,7 @@ from ckpt_conformance.levels import ModelKind
 from ckpt_conformance.models.tiny import make_tiny
 from ckpt_core.api import Target
 from ckpt_core.errors import EngineStateError
-from ckpt_vllm import compat
+from ckpt_vllm import answers, compat
 from ckpt_vllm.control import ENGINE
 from ckpt_vllm.loading import Way
 
@@ -62,6 +63,8 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 _SILENT_STEPS = 50
+_CONTEXT = 2700
+_PROMPT_TOKENS = 100  # room for what checks ask, and for what they ask then
 _GARBAGE = 0x55
 _serial = itertools.count(1)
 
@@ -77,6 +80,7 @@ class VllmHarness(Harness):
     plugin_module = "ckpt_vllm.plugin"
     engine_modules = ("torch", "vllm")
     kinds = frozenset(MODELS)
+    streams = compat.has_token_route()
 
     def __init__(self, way: Way = Way.AUTO) -> None:
         self._way = way
@@ -165,9 +169,14 @@ class VllmHarness(Harness):
         """A real server, its weights packed as its kernels want them."""
         from ckpt_vllm.launch import VllmServer
 
-        with VllmServer(checkpoint, tp=ranks, load_format="dummy" if dummy else "auto") as server:
+        options: dict[str, Any] = {"extra": answers.SERVER_OPTIONS, "max_model_len": _CONTEXT} if self.streams else {}
+        with VllmServer(checkpoint, tp=ranks, load_format="dummy" if dummy else "auto", **options) as server:
             yield Server(
-                target=Target(engine=ENGINE, url=server.url), generate=server.generate, digests=server.live_digests
+                target=Target(engine=ENGINE, url=server.url),
+                generate=server.generate,
+                digests=server.live_digests,
+                stream=partial(answers.stream, server.client) if self.streams else None,
+                most_tokens=_CONTEXT - _PROMPT_TOKENS,
             )
 
     def _llm(self, worker: Any) -> Any:
