@@ -13,6 +13,7 @@ from ckpt_conformance.checks.checkpoints import Checkpoint, CheckpointStore
 from ckpt_conformance.checks.expect import Bits, same_bits, spoil
 from ckpt_conformance.checks.registry import CheckFailed
 from ckpt_conformance.harness import Harness, NotOffered
+from ckpt_conformance.kept_server import KeptServer
 from ckpt_conformance.levels import ModelKind
 from ckpt_core.plugins import EnginePlugin
 
@@ -26,13 +27,16 @@ class Bench:
     Attributes:
         harness, plugin, kind: what is checked.
         hook: the plugin's hooks.
+        store, kept: checkpoints, and a server, of the whole run.
         resources: anything else to be closed.
     """
 
-    def __init__(self, harness: Harness, plugin: EnginePlugin, kind: ModelKind, store: CheckpointStore) -> None:
+    def __init__(
+        self, harness: Harness, plugin: EnginePlugin, kind: ModelKind, store: CheckpointStore, kept: KeptServer
+    ) -> None:
         self.harness, self.plugin, self.kind = harness, plugin, kind
         self.hook = plugin.hook
-        self.store = store
+        self.store, self.kept = store, kept
         self.resources = ExitStack()
 
     def __enter__(self) -> Bench:

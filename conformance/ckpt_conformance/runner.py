@@ -6,7 +6,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,7 +17,8 @@ from ckpt_conformance.bench import Bench
 from ckpt_conformance.checks.checkpoints import CheckpointStore
 from ckpt_conformance.checks.registry import Check, CheckFailed, load_all
 from ckpt_conformance.harness import Harness, NotOffered
-from ckpt_conformance.levels import Level, Tier
+from ckpt_conformance.kept_server import KeptServer
+from ckpt_conformance.levels import Level, ModelKind, Tier
 from ckpt_conformance.report import Failure, Report, Result, Status, capability_rows
 from ckpt_core.errors import ConfigError, PluginNotFound
 from ckpt_core.plugins import EnginePlugin
@@ -24,6 +26,7 @@ from ckpt_core.plugins import EnginePlugin
 ENTRY_POINT_GROUP = "ckpt_core.conformance"
 _TRACE_LINES = 12
 RunCheck: TypeAlias = Callable[[Check], Result]
+_BenchOf: TypeAlias = Callable[[ModelKind], Bench]
 
 
 def find_harness(engine: str, location: str = "") -> Harness:
@@ -98,7 +101,9 @@ class Runner:
         plugin = self._harness.plugin()
         with tempfile.TemporaryDirectory(prefix="ckpt-conformance-") as directory:
             store = CheckpointStore(self._harness, Path(directory))
-            yield lambda check: self._run_one(check, plugin, store)
+            with closing(KeptServer()) as kept:
+                bench_of = partial(Bench, self._harness, plugin, store=store, kept=kept)
+                yield lambda check: self._run_one(check, plugin, bench_of)
 
     def run(self, checks: Sequence[Check]) -> Report:
         """Run them all.
@@ -120,19 +125,19 @@ class Runner:
             capabilities=capability_rows(info, results),
         )
 
-    def _run_one(self, check: Check, plugin: EnginePlugin, store: CheckpointStore) -> Result:
+    def _run_one(self, check: Check, plugin: EnginePlugin, bench_of: _BenchOf) -> Result:
         start = time.perf_counter()
-        status, reason, failure = self._judge(check, plugin, store)
+        status, reason, failure = self._judge(check, plugin, bench_of)
         return Result(check=check, status=status, reason=reason, failure=failure, seconds=time.perf_counter() - start)
 
-    def _judge(self, check: Check, plugin: EnginePlugin, store: CheckpointStore) -> tuple[Status, str, Failure | None]:
+    def _judge(self, check: Check, plugin: EnginePlugin, bench_of: _BenchOf) -> tuple[Status, str, Failure | None]:
         if why := self._why_not(check, plugin):
             return Status.SKIPPED, why, None
         known = self._harness.known_failures.get(check.check_id)
         reason = ""
         for kind in (kind for kind in check.kinds if kind in self._harness.kinds):
             try:
-                failure = _attempt(check, Bench(self._harness, plugin, kind, store))
+                failure = _attempt(check, bench_of(kind))
             except NotOffered as absent:
                 reason = f"the harness does not offer {absent}"
                 continue

@@ -114,10 +114,10 @@ def _before_the_pause(begin: Callable[[], None]) -> Iterator[None]:
 
 
 def _streaming_server(bench: Bench) -> AbstractContextManager[Server]:
-    """One rank, on a checkpoint."""
+    """One rank, on whatever weights."""
     if not bench.harness.streams:  # told before a server is started, which may take a minute
         raise NotOffered("servers that tell tokens as they come")
-    return bench.harness.server(bench.checkpoint(1).path, ranks=1, dummy=False)
+    return bench.kept.lend(lambda: bench.harness.server(bench.checkpoint(1).path, ranks=1, dummy=False))
 
 
 def _stream_of(server: Server) -> Stream:

@@ -6,6 +6,7 @@ import pytest
 
 from ckpt_conformance.bench import Bench
 from ckpt_conformance.checks.checkpoints import CheckpointStore
+from ckpt_conformance.kept_server import KeptServer
 from ckpt_conformance.levels import ModelKind
 from ckpt_trtllm.harness import TrtllmHarness
 
@@ -25,7 +26,7 @@ def bench_of(stand_in, store, request):
     """A bench by kind of model; closed after the test."""
 
     def make(kind=ModelKind.PLAIN):
-        bench = Bench(stand_in, stand_in.plugin(), kind, store)
+        bench = Bench(stand_in, stand_in.plugin(), kind, store, KeptServer())
         request.addfinalizer(bench.resources.close)
         return bench
 
