@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from threading import Barrier, BrokenBarrierError
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
@@ -13,13 +14,15 @@ from ckpt_conformance.checks.failure import InjectedFault
 from ckpt_conformance.checks.registry import CheckFailed, check
 from ckpt_conformance.checks.updates import failure_of, updater_of
 from ckpt_conformance.levels import Level, ModelKind, Tier
-from ckpt_core import going_back
+from ckpt_core import going_back, wire
 from ckpt_core.capability import Capability
+from ckpt_core.channel import Line
 from ckpt_core.config import Undo
 from ckpt_core.errors import CkptError, Outcome, UpdateAborted
 
 Faulty: TypeAlias = "Callable[[Bench, Any], AbstractContextManager[None]]"
 _FAULT = "injected into the engine's post-processing"
+_THROUGH_S = 10.0
 
 
 @check(
@@ -56,7 +59,7 @@ def all_or_none(bench: Bench) -> None:
     """The post-processing of one of two fails."""
     failing, other = bench.worker_on(1), bench.worker_on(1)
     with updater_of(bench, [failing, other]) as updater:
-        with _fault(bench, failing):
+        with _fault(bench, failing), _through_together(2):
             error = failure_of(updater, bench.checkpoint(2).path)
         _expect_outcome(error, Outcome.POISONED, bench, failing)
         for worker in (failing, other):
@@ -126,6 +129,21 @@ def _expect_undone(bench: Bench, undo: Undo, faulty: Faulty) -> None:
 def _fault(bench: Bench, worker: Any) -> AbstractContextManager[None]:
     """The engine's post-processing fails."""
     return bench.harness.failing_finish(worker, InjectedFault(_FAULT))
+
+
+@contextmanager
+def _through_together(count: int) -> Iterator[None]:
+    """No rank says that it is through, well or not, before all are: those that are well have finished then."""
+    send, all_through = Line.send, Barrier(count)
+
+    def send_together(line: Line, body: wire.AnyMessage) -> None:
+        if isinstance(body, (wire.Verified, wire.Failure)):
+            with suppress(BrokenBarrierError):
+                all_through.wait(_THROUGH_S)
+        send(line, body)
+
+    with patch.object(Line, "send", send_together):
+        yield
 
 
 @contextmanager
