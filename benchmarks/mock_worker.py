@@ -91,7 +91,7 @@ class MockWorker:
 
     def load(self, tensors: Sequence[LoadTensor]) -> None:
         """Copy what this rank needs of each part, in one batch for each type."""
-        dense: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        dense: list[tuple[torch.Tensor, torch.Tensor]] = []
         for item in self._landed(tensors) if self.options.everywhere else tensors:
             place = self._place(item.name, item.box)
             if place is None:
@@ -100,12 +100,19 @@ class MockWorker:
             strides = row_major(item.box.shape if item.box is not None else self.shapes[item.name].shape)
             source = self._copyable(item.strided(inside.shape, strides, sum(map(int.__mul__, inside.start, strides))))
             if whole_rows:
-                targets, sources = dense.setdefault(target.dtype, ([], []))
-                targets.append(target)
-                sources.append(source)
+                dense.append((target, source))
             else:  # one strided tensor in a batch would send the whole batch down the slow road
                 target.copy_(source, non_blocking=True)
-        for batch in dense.values():
+        self._copy_all(dense)
+
+    def _copy_all(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Targets and sources of whole rows; types apart, since a mixed batch goes the slow road too."""
+        batches: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for target, source in copies:
+            targets, sources = batches.setdefault(target.dtype, ([], []))
+            targets.append(target)
+            sources.append(source)
+        for batch in batches.values():
             self._torch._foreach_copy_(*batch, non_blocking=True)
 
     def _landed(self, tensors: Sequence[LoadTensor]) -> list[LoadTensor]:
@@ -113,15 +120,16 @@ class MockWorker:
         views = [item.tensor for item in tensors]
         needed = sum(view.nbytes + -view.nbytes % _ALIGNMENT for view in views)
         if self._landing.nbytes < needed:
-            self._landing = self._landing[:0]  # the old one goes first
+            del self._landing  # before there is a new one
             self._landing = self._torch.empty(needed, dtype=self._torch.uint8, device=self.device)
-        landed, offset = [], 0
-        for item, view in zip(tensors, views, strict=True):
-            copy = self._landing[offset : offset + view.nbytes].view(view.dtype).view(view.shape)
-            self._copyable(copy).copy_(self._copyable(view), non_blocking=True)
-            landed.append(LoadTensor(name=item.name, box=item.box, tensor=copy))
+        copies, offset = [], 0
+        for view in views:
+            copies.append(self._landing[offset : offset + view.nbytes].view(view.dtype).view(view.shape))
             offset += view.nbytes + -view.nbytes % _ALIGNMENT
-        return landed
+        self._copy_all(zip(map(self._copyable, copies), map(self._copyable, views), strict=True))
+        return [
+            LoadTensor(name=item.name, box=item.box, tensor=copy) for item, copy in zip(tensors, copies, strict=True)
+        ]
 
     def _copyable(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same bytes in a type that all of torch's kernels take: FP8 as integers."""
