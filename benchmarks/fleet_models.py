@@ -63,6 +63,16 @@ class MoeDecoder:
     router_bias: bool = False
     predict_layers: int = 0
 
+    @property
+    def all_layers(self) -> int:
+        """Layers in the checkpoint, those of multi-token prediction among them."""
+        return self.layers + self.predict_layers
+
+    def first(self, layers: int) -> MoeDecoder:
+        """The same model with its first so many layers alone."""
+        decoding = min(layers, self.layers)
+        return replace(self, layers=decoding, predict_layers=min(layers - decoding, self.predict_layers))
+
     def cuts(self) -> list[Cut]:
         """All tensors."""
         found = [
@@ -239,15 +249,19 @@ def class_needs(cuts: list[Cut], parallelism: Parallelism, number: int) -> Class
 
 
 def _box(cut: Cut, ranks: int, rank: int) -> Box | None:
-    """The slice of a tensor-parallel rank; None for all. What does not divide goes in runs of the rounded-up length."""
+    """The slice of a tensor-parallel rank; None for all."""
     if cut.dim is None or ranks == 1:
         return None
-    shape = cut.meta.shape
-    extent = shape[cut.dim]
-    if cut.heads and cut.heads < ranks:
-        ranks, rank = cut.heads, rank * cut.heads // ranks
+    return run_box(cut.meta.shape, cut.dim, ranks, rank, heads=cut.heads)
+
+
+def run_box(shape: tuple[int, ...], dim: int, ranks: int, rank: int, *, heads: int = 0) -> Box:
+    """A rank's run of one dimension. What does not divide goes in runs of the rounded-up length; `heads`: see Cut."""
+    extent = shape[dim]
+    if heads and heads < ranks:
+        ranks, rank = heads, rank * heads // ranks
     run = -(-extent // ranks)
     first = min(rank * run, extent)
     start, size = [0] * len(shape), list(shape)
-    start[cut.dim], size[cut.dim] = first, min(run, extent - first)
+    start[dim], size[dim] = first, min(run, extent - first)
     return Box(start=tuple(start), shape=tuple(size))

@@ -270,5 +270,5 @@ COMMANDS = {
     "signal_handle": lambda worker, _own: worker.signal_handle(),
     "map_peers": lambda worker, _own, handles: worker.map_peers(handles),
     "wrong": lambda worker, _own, seed: worker.wrong_bytes(seed),
-    "poison": lambda worker, _own: [parameter.fill_(-1) for parameter in worker.parameters.values()] and None,
+    "poison": lambda worker, _own: worker.poison(),
 }

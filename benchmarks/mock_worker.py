@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shapes import Shape
 
 _SIGNAL_BYTES = 2 << 20
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,8 @@ class MockOptions:
     """What the ranks are made of.
 
     `one_visible` hides the other GPUs from each rank; `cut` takes tensors in parts; `record` has its loader recorded;
-    `apart` gives each rank an IPC namespace of its own, so that it counts as one on another host (Linux, root).
+    `apart` gives each rank an IPC namespace of its own, so that it counts as one on another host (Linux, root); `everywhere`
+    has each rank copy every byte of what arrives into memory of its own GPU, before it takes its slices.
     """
 
     model: str
@@ -35,6 +37,7 @@ class MockOptions:
     record: bool = False
     instance: str = "mock"
     apart: bool = False
+    everywhere: bool = False
 
 
 class MockWorker:
@@ -48,13 +51,15 @@ class MockWorker:
         index = 0 if options.one_visible else rank
         self.device = torch.device(options.device, index if options.device == "cuda" else None)
         self.shapes: dict[str, Shape] = {shape.name: shape for shape in MODELS[options.model](options.layers)}
-        self.boxes = {name: self._box(shape) for name, shape in self.shapes.items()}
+        self.boxes = {name: shape.box(rank, options.world) for name, shape in self.shapes.items()}
         self.entries = tuple(
             LayoutEntry(tensor=name, box=box, group=_group(name), cut=options.cut) for name, box in self.boxes.items()
         )
         self.parameters = {
-            name: torch.zeros(box.shape, dtype=torch.bfloat16, device=self.device) for name, box in self.boxes.items()
+            name: torch.zeros(box.shape, dtype=getattr(torch, self.shapes[name].dtype.torch_name), device=self.device)
+            for name, box in self.boxes.items()
         }
+        self._landing = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._warm_up()
         self._places: dict[tuple[str, Box | None], tuple[torch.Tensor, Box, bool] | None] = {}
         for name in self.shapes:
@@ -84,30 +89,56 @@ class MockWorker:
 
         self._peers = [driver.open_exported(handle) for rank, handle in enumerate(handles) if rank != self.rank]
 
-    def _box(self, shape: Shape) -> Box:
-        start, size = [0] * len(shape.shape), list(shape.shape)
-        if shape.dim is not None:
-            size[shape.dim] //= self.options.world
-            start[shape.dim] = self.rank * size[shape.dim]
-        return Box(start=tuple(start), shape=tuple(size))
-
     def load(self, tensors: Sequence[LoadTensor]) -> None:
-        """Copy what this rank needs of each part, in one batch."""
-        dense: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        for item in tensors:
+        """Copy what this rank needs of each part, in one batch for each type."""
+        dense: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for item in self._landed(tensors) if self.options.everywhere else tensors:
             place = self._place(item.name, item.box)
             if place is None:
                 continue
             target, inside, whole_rows = place
             strides = row_major(item.box.shape if item.box is not None else self.shapes[item.name].shape)
-            source = item.strided(inside.shape, strides, sum(map(int.__mul__, inside.start, strides)))
+            source = self._copyable(item.strided(inside.shape, strides, sum(map(int.__mul__, inside.start, strides))))
             if whole_rows:
-                dense[0].append(target)
-                dense[1].append(source)
+                dense.append((target, source))
             else:  # one strided tensor in a batch would send the whole batch down the slow road
                 target.copy_(source, non_blocking=True)
-        if dense[0]:
-            self._torch._foreach_copy_(*dense, non_blocking=True)
+        self._copy_all(dense)
+
+    def _copy_all(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Targets and sources of whole rows; types apart, since a mixed batch goes the slow road too."""
+        batches: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for target, source in copies:
+            targets, sources = batches.setdefault(target.dtype, ([], []))
+            targets.append(target)
+            sources.append(source)
+        for batch in batches.values():
+            self._torch._foreach_copy_(*batch, non_blocking=True)
+
+    def _landed(self, tensors: Sequence[LoadTensor]) -> list[LoadTensor]:
+        """The same in memory of this rank's own GPU."""
+        views = [item.tensor for item in tensors]
+        needed = sum(view.nbytes + -view.nbytes % _ALIGNMENT for view in views)
+        if self._landing.nbytes < needed:
+            del self._landing  # before there is a new one
+            self._landing = self._torch.empty(needed, dtype=self._torch.uint8, device=self.device)
+        copies, offset = [], 0
+        for view in views:
+            copies.append(self._landing[offset : offset + view.nbytes].view(view.dtype).view(view.shape))
+            offset += view.nbytes + -view.nbytes % _ALIGNMENT
+        self._copy_all(zip(map(self._copyable, copies), map(self._copyable, views), strict=True))
+        return [
+            LoadTensor(name=item.name, box=item.box, tensor=copy) for item, copy in zip(tensors, copies, strict=True)
+        ]
+
+    def _copyable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same bytes in a type that all of torch's kernels take: FP8 as integers."""
+        return tensor.view(self._torch.int8) if tensor.itemsize == 1 else tensor
+
+    def poison(self) -> None:
+        """Spoil all weights, with values that no generated checkpoint has."""
+        for parameter in self.parameters.values():
+            self._copyable(parameter).fill_(-1)
 
     def load_whole(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """A loader as engines have them: whole tensors, narrowed to what this rank needs."""
@@ -141,7 +172,7 @@ class MockWorker:
                 self._places[key] = None
             else:
                 region, inside, whole_rows = found
-                self._places[key] = (self.parameters[name][region.slices], inside, whole_rows)
+                self._places[key] = (self._copyable(self.parameters[name])[region.slices], inside, whole_rows)
         return self._places[key]
 
     def synchronize(self) -> None:
@@ -155,8 +186,9 @@ class MockWorker:
 
         wrong = 0
         for name, parameter in self.parameters.items():
-            expected = expected_values(name, self.shapes[name].shape, seed, self.device)
-            wrong += int((parameter != expected[self.boxes[name].slices]).sum())
+            shape = self.shapes[name]
+            expected = self._copyable(expected_values(name, shape.shape, seed, self.device, shape.dtype))
+            wrong += int((self._copyable(parameter) != expected[self.boxes[name].slices]).sum())
         return wrong
 
 

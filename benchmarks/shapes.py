@@ -6,22 +6,38 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import fleet_models
+
+from ckpt_core.dtypes import DType
+from ckpt_core.layout import Box
+
 COLUMN, ROW, REPLICATED = 0, 1, None
 ITEMSIZE = 2  # BF16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One tensor: `dim` is the one that tensor parallelism splits, None where every rank holds all."""
+    """One tensor: `dim` is the one that tensor parallelism splits, None where every rank holds all.
+
+    `heads`: of which at least one goes to each rank, where there may be fewer than ranks; else 0.
+    """
 
     name: str
     shape: tuple[int, ...]
     dim: int | None
+    dtype: DType = DType.BF16
+    heads: int = 0
 
     @property
     def size_bytes(self) -> int:
-        """In BF16."""
-        return math.prod(self.shape) * ITEMSIZE
+        """In the checkpoint."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def box(self, rank: int, world: int) -> Box:
+        """What a rank holds of it."""
+        if self.dim is None:
+            return Box.whole(self.shape)
+        return fleet_models.run_box(self.shape, self.dim, world, rank, heads=self.heads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +81,14 @@ def _fixed(decoder: Decoder) -> Callable[[int], list[Shape]]:
     return lambda layers: list(decoder.tensors(layers))
 
 
+def _first(decoder: fleet_models.MoeDecoder) -> Callable[[int], list[Shape]]:
+    """Shapes of a large model's first layers."""
+    return lambda layers: [
+        Shape(name=cut.meta.name, shape=cut.meta.shape, dim=cut.dim, dtype=cut.meta.dtype, heads=cut.heads)
+        for cut in decoder.first(layers).cuts()
+    ]
+
+
 DECODERS = {
     "qwen3-32b": Decoder(hidden=5120, intermediate=25600, heads=64, kv_heads=8, head_dim=128, vocab=151936),
     "qwen3-30b-a3b": Decoder(
@@ -72,4 +96,29 @@ DECODERS = {
     ),
     "tiny": Decoder(hidden=256, intermediate=512, heads=8, kv_heads=2, head_dim=32, vocab=1024),
 }
-MODELS: dict[str, Callable[[int], list[Shape]]] = {name: _fixed(decoder) for name, decoder in DECODERS.items()}
+LARGE = {
+    **fleet_models.DECODERS,
+    # block scales that do not divide, experts, a router: for machines without a GPU
+    "tiny-fp8": fleet_models.MoeDecoder(
+        hidden=256,
+        layers=3,
+        dense_layers=1,
+        intermediate=512,
+        expert_intermediate=256,
+        experts=4,
+        shared_experts=1,
+        vocab=1024,
+        heads=4,
+        q_lora=128,
+        kv_lora=128,
+        qk_nope_dim=64,
+        qk_rope_dim=32,
+        v_dim=64,
+        fp8=True,
+        router_bias=True,
+    ),
+}
+MODELS: dict[str, Callable[[int], list[Shape]]] = {
+    **{name: _fixed(decoder) for name, decoder in DECODERS.items()},
+    **{name: _first(decoder) for name, decoder in LARGE.items()},
+}
