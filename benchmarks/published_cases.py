@@ -36,7 +36,7 @@ SEED = 1
 class Way(Enum):
     """How weights come into the GPUs."""
 
-    PEER = "checkpoint-engine broadcast"
+    PEER = "checkpoint-engine"
     EVERYWHERE = "everywhere"
     ROUTED = "routed"
     P2P = "p2p"

@@ -51,9 +51,9 @@ def _run(command: list[str], environment: dict[str, str], log: Path, timeout_s: 
         finally:
             _end(process)
     if code:
-        lines = log.read_text(errors="replace").splitlines()
-        told = [line for line in lines if "Error" in line][-4:] + lines[-12:]
-        raise RuntimeError(f"checkpoint-engine's benchmark: {code}\n" + "\n".join(told))
+        said = log.read_text(errors="replace")
+        first = said.find("Error")
+        raise RuntimeError(f"its benchmark: {code}\n{said[max(0, first - 2000) :][:4000]}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -85,6 +85,6 @@ def _row(setting: Setting, servers: list[dict[str, Any]]) -> Row:
         gather_s=max(server["gather_metas"] for server in servers),
         gpu_mib=max(server["gpu_mib"] for server in servers),
         wrong=sum(server["wrong"] for server in servers),
-        note="its update is its pause; buckets as it chooses them",
+        note="its broadcast; the update is the pause; buckets as it chooses them",
         details={"servers": servers},
     )
