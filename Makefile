@@ -30,7 +30,7 @@ TABLE ?= --check-table
 VENV := .venv
 BIN := $(VENV)/bin
 PARTS := lint types unit property integration conformance conformance-trtllm faults \
-	venv-vllm engines-vllm conformance-vllm venv-sglang engines-sglang conformance-sglang engines-both
+	venv-vllm engines-vllm venv-sglang engines-sglang conformance-engines engines-both
 # suites that need an engine or a GPU have targets of their own
 PYTEST := $(BIN)/python -m pytest --durations=15 -n $(WORKERS) -m "not engines and not gpu and not gpu2" $(PYTEST_FLAGS)
 ENGINE_PYTEST := python -m pytest --durations=15 -m engines $(PYTEST_FLAGS) tests/engines
@@ -124,6 +124,11 @@ conformance-vllm: venv-vllm ## the conformance suite on vLLM, loading directly a
 .PHONY: conformance-sglang
 conformance-sglang: venv-sglang ## the conformance suite on SGLang
 	$(VENV)-sglang/bin/ckpt-conformance --engine sglang $(TABLE) plugins/sglang/README.md
+
+# engines in one process wait for servers more than they compute: both at once take little longer than one
+.PHONY: conformance-engines
+conformance-engines: venv-vllm venv-sglang ## the conformance suite on vLLM and on SGLang, at once
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target conformance-vllm conformance-sglang
 
 .PHONY: format
 format: venv ## let ruff mend what it can

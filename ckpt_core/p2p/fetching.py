@@ -62,6 +62,7 @@ class Fetch:
         self._copying: deque[IncomingBucket] = deque()
         self._todo: deque[Chunk] = deque()
         self._on_way: list[Chunk] = []
+        self._landed: deque[Chunk] = deque()  # and not proved
         self._stray: list[Chunk] = []  # given up: they may still land
         self._granted: Chunk | None = None  # by the limit, for when it may be asked for
         self._not_before = 0.0
@@ -95,7 +96,8 @@ class Fetch:
 
     def _turn(self) -> bool:
         """Do all that can be done now. Whether that was anything."""
-        moved = self._begin() | self._ask() | self._collect() | self._fill()
+        # chunks come in bunches: the next are asked for before any is proved, and one is proved at a time
+        moved = self._begin() | self._collect() | self._ask() | self._prove() | self._fill()
         published = self._writer.advance()
         while self._copying and self._copying[0].step.seq <= published:
             self._free.append(self._copying.popleft().slot)
@@ -147,11 +149,18 @@ class Fetch:
                     self._on_way.append(chunk)
                     continue
                 self._owners.ended(chunk.owner, chunk.size_bytes, None)
-                if (again := chunk.bucket.take(chunk)) is not None:
-                    self._todo.appendleft(again)
+                self._landed.append(chunk)
             moved = True
         silent = [chunk for chunk in self._on_way if self._owners.silent_s(chunk.owner, chunk.began) > self._stalled_s]
         return self._give_up(silent) or moved
+
+    def _prove(self) -> bool:
+        if not self._landed:
+            return False
+        chunk = self._landed.popleft()
+        if (again := chunk.bucket.take(chunk)) is not None:
+            self._todo.appendleft(again)
+        return True
 
     def _give_up(self, stalled: Sequence[Chunk]) -> bool:
         """Their owners are not asked again, and their buckets begin anew elsewhere."""
@@ -164,7 +173,9 @@ class Fetch:
                 self._owners.ended(chunk.owner, chunk.size_bytes, error)
             else:
                 self._owners.dropped(chunk.owner, chunk.size_bytes)
-        self._todo = deque(chunk for chunk in self._todo if id(chunk.bucket) not in buckets)
+        self._todo, self._landed = (
+            deque(chunk for chunk in chunks if id(chunk.bucket) not in buckets) for chunks in (self._todo, self._landed)
+        )
         for bucket in reversed(buckets.values()):
             fresh = IncomingBucket(bucket.step, bucket.covers, self._spare(), self._leaves)
             self._buckets[self._buckets.index(bucket)] = fresh

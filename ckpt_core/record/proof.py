@@ -25,7 +25,7 @@ _MOST_TRIES = 3  # watching costs as much as several updates
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """Attributes:
-    proved: components that may be replayed from now on.
+    proved: components that may be replayed from now on, also those of earlier updates.
     why_not: reason for each of the others, by one of its parameters.
     """
 
@@ -35,34 +35,42 @@ class Verdict:
 
 @dataclass(slots=True, kw_only=True)
 class Proof:
-    """Watches one full update of a model."""
+    """Watches full updates of a model until one proved each component, or several did not.
+
+    One may prove a part: an update that undoes another writes much of what is there already, and training leaves tensors as
+    they are.
+    """
 
     recording: Recording
     components: Sequence[Component]
     model: torch.nn.Module
     ignored: Collection[str]
     _tries: int = 0
+    _proved: list[Component] = field(default_factory=list)
+    _open: list[Component] = field(init=False)
     _arrived: dict[str, int] = field(default_factory=dict)
     _before: dict[str, int] = field(default_factory=dict)
     _others: dict[str, int] = field(default_factory=dict)
     _places: dict[str, int] = field(default_factory=dict)
     _dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._open = [component for component in self.components if not component.why_not]
+
     @property
     def worth_a_try(self) -> bool:
         """Whether another update may prove what the last ones did not."""
-        return self._tries < _MOST_TRIES and any(not component.why_not for component in self.components)
+        return self._tries < _MOST_TRIES and bool(self._open)
 
     def begin(self) -> None:
         """Before the loader is called for the first time."""
         for sums in (self._arrived, self._before, self._places):
             sums.clear()
         named = named_tensors(self.model)
-        for component in self.components:
-            if not component.why_not:
-                for name in component.parameters:
-                    self._before[name] = _sum_in_storage(named[name])
-                    self._places[name] = named[name].data_ptr()
+        for component in self._open:
+            for name in component.parameters:
+                self._before[name] = _sum_in_storage(named[name])
+                self._places[name] = named[name].data_ptr()
         self._dtypes = {name: tensor.dtype for name, tensor in named.items()}
         self._others = self._sums_of_others()
 
@@ -87,15 +95,16 @@ class Proof:
         for fill in self.recording.fills:
             if fill.parameter in self._before:
                 self._add(fill.parameter, _sum_of_fill(fill, named[fill.parameter]))
-        proved, why_not = [], {}
-        for component in self.components:
-            why = component.why_not or (f"{changed[0]} changed with the weights" if changed else "")
+        why_not = {_name(component): component.why_not for component in self.components if component.why_not}
+        still_open: list[Component] = []
+        for component in self._open:
+            why = f"{changed[0]} changed with the weights" if changed else ""
             why = why or next(filter(None, (self._why_not(name, named) for name in sorted(component.parameters))), "")
             if why:
-                why_not[min(component.parameters | component.roots)] = why
-            else:
-                proved.append(component)
-        return Verdict(proved=tuple(proved), why_not=why_not)
+                why_not[_name(component)] = why
+            (still_open if why else self._proved).append(component)
+        self._open = still_open
+        return Verdict(proved=tuple(self._proved), why_not=why_not)
 
     def _why_not(self, name: str, named: dict[str, torch.Tensor]) -> str:
         now = named.get(name)
@@ -113,6 +122,10 @@ class Proof:
 
     def _sums_of_others(self) -> dict[str, int]:
         return sums_of_others(self.model, self.recording.written, self.ignored)
+
+
+def _name(component: Component) -> str:
+    return min(component.parameters | component.roots)
 
 
 def _sum_in_storage(live: torch.Tensor) -> int:

@@ -50,6 +50,7 @@ class RecordedModel:
         self._replay: Replay | None = None
         self._conditions: _Conditions | None = None
         self._homes = LiveHomes()
+        self._homes_of: Replay | None = None
         self._active = True
         self._thin = False
         self._watched = False
@@ -109,8 +110,12 @@ class RecordedModel:
     def begin(self) -> None:
         """Right before the engine's begin hook."""
         self.wrote = False
+        if (
+            self._homes_of is not self._replay
+        ):  # not earlier: what the last update replayed was compared after it was judged
+            self._homes, self._homes_of = LiveHomes(), self._replay
         self._homes.begin()
-        self._watched = self._active and self._replay is None and self._proof is not None and self._proof.worth_a_try
+        self._watched = self._active and self._proof is not None and self._proof.worth_a_try
         if self._watched and self._proof is not None:
             self._guarded(self._proof.begin, "watched")
 
@@ -158,17 +163,19 @@ class RecordedModel:
         self._watched = False
         self.verdict = self._proof.finish()
         proved = self.verdict.proved
+        roots: frozenset[str] = frozenset().union(*(component.roots for component in proved))
         for name, why in list(self.verdict.why_not.items())[:4]:
             _log.info("not replayed: %s (%s)", name, why)
         target = self._target()
-        if not proved or target is None:
+        if self._known_already(roots) or target is None:
             return False
         named = named_tensors(target.live)
         parameters = {name: named[name] for component in proved for name in component.parameters}
-        roots: frozenset[str] = frozenset().union(*(component.roots for component in proved))
         self._replay, self._conditions = Replay(self.recording, parameters, roots), _Conditions(target, self.recording)
-        self._homes = LiveHomes()
         return True
+
+    def _known_already(self, roots: frozenset[str]) -> bool:
+        return roots == (_NONE if self._replay is None else self._replay.roots)
 
     def _guarded(self, look: Callable[[], Found], what: str) -> Found | None:
         """Learning is a bonus: where it fails, for any reason, the loader loads as ever."""

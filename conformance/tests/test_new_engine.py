@@ -89,7 +89,7 @@ def test_its_suite_names_the_method_of_the_harness_to_be_written_first(skeleton:
     assert not [r for r in report.results if r.check.tier is Tier.WORKER and r.status is Status.PASSED]
     text = "\n".join(closing_lines(report))
     assert text.count("got:         NotImplementedError: harness.checkpoint: write a tiny safetensors checkpoint") == 1
-    assert "the same error in core.layout_touches_nothing" in text
+    assert "the same error in core.identify_by_itself" in text
 
 
 def test_with_a_harness_its_suite_names_the_hook(skeleton: Path) -> None:

@@ -169,7 +169,7 @@ def test_the_tutorial_goes_from_nothing_to_a_green_table(clean: dict[str, str], 
     where = "import ckpt_core, ckpt_conformance, ckpt_toy; print(*(m.__path__[0] for m in (ckpt_core, ckpt_conformance, ckpt_toy)))"
     installed = (tmp_path / "venv").resolve()
     assert all(Path(path).resolve().is_relative_to(installed) for path in reader.run(["python", "-c", where]).split())
-    assert "| LIVE_VERSION | full | yes |" in (place / "ckpt-toy" / "README.md").read_text()
+    assert "| STABLE_ADDRESSES | full | yes |" in (place / "ckpt-toy" / "README.md").read_text()
     assert 'failures="0"' in (place / "report.xml").read_text()
 
 

@@ -170,6 +170,29 @@ def test_what_is_pure_is_replayed_from_the_second_update_on_and_only_its_slices_
         assert same(engine, fresh(Engine, checkpoint(seed)))
 
 
+def test_what_one_update_leaves_open_the_next_may_prove(recorded_of):
+    """Those that undo another write much of what is there already."""
+    engine = Engine()
+    recorded = recorded_of(engine)
+    frozen = {"up.weight": engine.up.weight.new_zeros(8, 4)}
+    assert update(engine, recorded, {**checkpoint(1), **frozen})[:2] == (frozenset(), True)
+    assert update(engine, recorded, {**checkpoint(2), **frozen})[:2] == ({"down.weight"}, False)
+    assert update(engine, recorded, checkpoint(3))[:2] == ({"down.weight"}, True)
+    assert same(engine, fresh(Engine, checkpoint(3)))
+    assert update(engine, recorded, checkpoint(4))[:2] == ({"down.weight", "up.weight"}, False)
+    assert same(engine, fresh(Engine, checkpoint(4)))
+
+
+def test_what_does_not_change_is_not_watched_for_ever(recorded_of):
+    engine = Engine()
+    recorded = recorded_of(engine)
+    frozen = {"up.weight": engine.up.weight.new_zeros(8, 4)}
+    for seed in range(1, 6):
+        update(engine, recorded, {**checkpoint(seed), **frozen})
+    assert update(engine, recorded, checkpoint(6))[:2] == ({"down.weight"}, False)
+    assert not update(engine, recorded, checkpoint(7))[1]
+
+
 @pytest.mark.parametrize("kind", [Permuting, Deriving, Renewing])
 def test_what_a_replay_would_make_wrong_is_loaded(recorded_of, kind):
     engine = kind()
