@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -20,6 +21,7 @@ from rich.table import Table
 
 _BUS_GB_S = 55.0  # into one GPU by PCIe 5 x16, as measured on two H200s with both busy
 _GPUS = 8
+_UNDERLINES = re.compile(r"\x1b\[[0-9;]*m")
 COLUMNS = (
     "way",
     "GPUs",
@@ -111,7 +113,7 @@ def machine(world: int, device: str) -> dict[str, str]:
         "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
         **about,
-        "links": _said_by("nvidia-smi", "topo", "-m"),
+        "links": _UNDERLINES.sub("", _said_by("nvidia-smi", "topo", "-m")),
     }
 
 
