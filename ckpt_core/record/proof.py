@@ -19,6 +19,7 @@ from ckpt_core.record.recording import Fill, Recording
 from ckpt_core.record.watch import named_tensors, sums_of_others
 from ckpt_core.strided import Strided
 
+_UNCHANGED = "did not change: this update proves nothing about it"
 _MOST_TRIES = 3  # watching costs as much as several updates
 
 
@@ -95,16 +96,24 @@ class Proof:
         for fill in self.recording.fills:
             if fill.parameter in self._before:
                 self._add(fill.parameter, _sum_of_fill(fill, named[fill.parameter]))
+        if changed:  # something is derived from weights, whatever an update before left unseen
+            self._proved = []
         why_not = {_name(component): component.why_not for component in self.components if component.why_not}
-        still_open: list[Component] = []
+        unseen: list[Component] = []
         for component in self._open:
-            why = f"{changed[0]} changed with the weights" if changed else ""
-            why = why or next(filter(None, (self._why_not(name, named) for name in sorted(component.parameters))), "")
-            if why:
-                why_not[_name(component)] = why
-            (still_open if why else self._proved).append(component)
-        self._open = still_open
+            reasons = [f"{changed[0]} changed with the weights"] if changed else self._reasons(component, named)
+            if not reasons:
+                self._proved.append(component)
+                continue
+            why_not[_name(component)] = reasons[0]
+            if all(reason.endswith(_UNCHANGED) for reason in reasons):
+                unseen.append(component)
+        if self._proved:  # what speaks against a component counts for good, once there is something to replay
+            self._open = unseen
         return Verdict(proved=tuple(self._proved), why_not=why_not)
+
+    def _reasons(self, component: Component, named: dict[str, torch.Tensor]) -> list[str]:
+        return [why for name in sorted(component.parameters) if (why := self._why_not(name, named))]
 
     def _why_not(self, name: str, named: dict[str, torch.Tensor]) -> str:
         now = named.get(name)
@@ -114,7 +123,7 @@ class Proof:
         if value != self._arrived.get(name):
             return f"{name} is not what was copied into it"
         if value == self._before[name]:
-            return f"{name} did not change: this update proves nothing about it"
+            return f"{name} {_UNCHANGED}"
         return ""
 
     def _add(self, name: str, value: int) -> None:

@@ -76,11 +76,14 @@ class RecordedModel:
             return True
         if self._guarded(self._holds, "looked at"):
             return True
+        self._drop()
+        return False
+
+    def _drop(self) -> None:
         self._dropped += 1
         often = ", for good: this is the third time" if self._dropped >= _MOST_DROPS else ""
         _log.info("the engine changed since its loader was recorded: it loads by itself again%s", often)
         self.forget()
-        return False
 
     def _holds(self) -> bool:
         target, replay, conditions = self._target(), self._replay, self._conditions
@@ -117,7 +120,7 @@ class RecordedModel:
         self._homes.begin()
         self._watched = self._active and self._proof is not None and self._proof.worth_a_try
         if self._watched and self._proof is not None:
-            self._guarded(self._proof.begin, "watched")
+            self._watching(self._proof.begin)
 
     def load(self, index: int, items: tuple[LoadTensor, ...]) -> int:
         """Replay these pieces of bucket `index`. Bytes read."""
@@ -151,11 +154,11 @@ class RecordedModel:
         """These are about to be given to the engine's loader."""
         for item in items:
             if self._watched and self._proof is not None:
-                self._guarded(partial(self._proof.arrived, item), "watched")
+                self._watching(partial(self._proof.arrived, item))
 
     def finish(self) -> bool:
         """Right after the engine's finish hook. Whether there is something to replay from now on that was not before."""
-        return bool(self._guarded(self._judge, "watched"))
+        return bool(self._watching(self._judge))
 
     def _judge(self) -> bool:
         if not self._watched or self._proof is None or self.recording is None:
@@ -167,15 +170,17 @@ class RecordedModel:
         for name, why in list(self.verdict.why_not.items())[:4]:
             _log.info("not replayed: %s (%s)", name, why)
         target = self._target()
-        if self._known_already(roots) or target is None:
+        before = _NONE if self._replay is None else self._replay.roots
+        if roots == before or target is None:
+            return False
+        if not roots >= before or (before and not self._holds()):
+            self._drop()
+            self.lost = True
             return False
         named = named_tensors(target.live)
         parameters = {name: named[name] for component in proved for name in component.parameters}
         self._replay, self._conditions = Replay(self.recording, parameters, roots), _Conditions(target, self.recording)
         return True
-
-    def _known_already(self, roots: frozenset[str]) -> bool:
-        return roots == (_NONE if self._replay is None else self._replay.roots)
 
     def _guarded(self, look: Callable[[], Found], what: str) -> Found | None:
         """Learning is a bonus: where it fails, for any reason, the loader loads as ever."""
@@ -185,6 +190,17 @@ class RecordedModel:
             _log.warning("the engine could not be %s; its loader takes whole tensors", what, exc_info=True)
             self.forget()
             self.lost = True
+            return None
+
+    def _watching(self, look: Callable[[], Found]) -> Found | None:
+        """As guarded; but what this update replays was agreed upon, and stays: only nothing more is learned."""
+        if self._replay is None:
+            return self._guarded(look, "watched")
+        try:
+            return look()
+        except Exception:  # noqa: BLE001 as above
+            _log.warning("the engine could not be watched; what its loader takes stays so", exc_info=True)
+            self._proof, self._watched = None, False
             return None
 
     def _learn(self, manifest: Manifest) -> None:

@@ -17,6 +17,9 @@ MANIFEST = Manifest(
 )
 
 
+FROZEN = {"up.weight": torch.zeros(8, 4)}
+
+
 class Engine(nn.Module):
     """Two linears, of which this rank has the second half of the rows."""
 
@@ -174,21 +177,73 @@ def test_what_one_update_leaves_open_the_next_may_prove(recorded_of):
     """Those that undo another write much of what is there already."""
     engine = Engine()
     recorded = recorded_of(engine)
-    frozen = {"up.weight": engine.up.weight.new_zeros(8, 4)}
-    assert update(engine, recorded, {**checkpoint(1), **frozen})[:2] == (frozenset(), True)
-    assert update(engine, recorded, {**checkpoint(2), **frozen})[:2] == ({"down.weight"}, False)
+    assert update(engine, recorded, {**checkpoint(1), **FROZEN})[:2] == (frozenset(), True)
+    assert update(engine, recorded, {**checkpoint(2), **FROZEN})[:2] == ({"down.weight"}, False)
     assert update(engine, recorded, checkpoint(3))[:2] == ({"down.weight"}, True)
     assert same(engine, fresh(Engine, checkpoint(3)))
     assert update(engine, recorded, checkpoint(4))[:2] == ({"down.weight", "up.weight"}, False)
     assert same(engine, fresh(Engine, checkpoint(4)))
 
 
+def half_proved(engine, recorded):
+    """One update that leaves a parameter as it was; `down` is replayed from then on."""
+    assert update(engine, recorded, {**checkpoint(1), **FROZEN})[1]
+    assert recorded.roots == {"down.weight"}
+
+
+def test_what_spoke_against_a_parameter_counts_for_good(recorded_of):
+    """Shards are scaled alike only where their scales differ, say."""
+    engine = Engine()
+    recorded = recorded_of(engine)
+    engine.process = lambda: engine.up.weight.mul_(2)
+    assert update(engine, recorded, checkpoint(1))[1]
+    engine.process = lambda: None
+    for seed in (2, 3, 4):
+        assert update(engine, recorded, checkpoint(seed))[:2] == ({"down.weight"}, False)
+
+
+def test_a_proof_that_fails_leaves_what_is_replayed(recorded_of, monkeypatch):
+    engine = Engine()
+    recorded = recorded_of(engine)
+    half_proved(engine, recorded)
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no room for a sum")
+
+    monkeypatch.setattr("ckpt_core.record.proof.checksum", fail)
+    for seed in (2, 3):
+        assert update(engine, recorded, checkpoint(seed))[:2] == ({"down.weight"}, False)
+        assert same(engine, fresh(Engine, checkpoint(seed)))
+    assert not recorded.lost
+
+
+def test_a_replayed_parameter_that_moves_while_more_is_proved_ends_the_replay(recorded_of):
+    engine = Engine()
+    recorded = recorded_of(engine)
+    half_proved(engine, recorded)
+    engine.process = lambda: setattr(engine.down, "weight", nn.Parameter(engine.down.weight.t(), requires_grad=False))
+    assert update(engine, recorded, checkpoint(2))[1] is False
+    assert recorded.lost
+    assert not recorded.roots
+
+
+def test_what_turns_out_to_be_derived_ends_the_replay(recorded_of):
+    """The matrix depends on both, and was nothing as long as one of them was."""
+    engine = Deriving()
+    recorded = recorded_of(engine)
+    half_proved(engine, recorded)
+    assert update(engine, recorded, checkpoint(2))[1] is False
+    assert not recorded.roots
+    for seed in (3, 4):
+        update(engine, recorded, checkpoint(seed))
+        assert same(engine, fresh(Deriving, checkpoint(seed)))
+
+
 def test_what_does_not_change_is_not_watched_for_ever(recorded_of):
     engine = Engine()
     recorded = recorded_of(engine)
-    frozen = {"up.weight": engine.up.weight.new_zeros(8, 4)}
     for seed in range(1, 6):
-        update(engine, recorded, {**checkpoint(seed), **frozen})
+        update(engine, recorded, {**checkpoint(seed), **FROZEN})
     assert update(engine, recorded, checkpoint(6))[:2] == ({"down.weight"}, False)
     assert not update(engine, recorded, checkpoint(7))[1]
 
