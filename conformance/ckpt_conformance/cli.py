@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -106,12 +107,12 @@ def _same_table(file: TableFile | None, report: Report) -> bool:
 def _run_mutants() -> bool:
     from ckpt_conformance.mutants.catalogue import judged
 
-    caught = missed = 0
+    caught, missed, start = 0, 0, time.monotonic()
     for mutant, verdict in judged():
         caught, missed = caught + verdict.ok, missed + (not verdict.ok)
         word = "caught" if verdict.ok else "MISSED"
         typer.echo(f"{word:7} {mutant.name}: {verdict.text}  ({verdict.seconds:.1f} s)")
-    typer.echo(f"{caught} caught, {missed} missed")
+    typer.echo(f"{caught} caught, {missed} missed, in {(time.monotonic() - start) / 60:.1f} min")
     return not missed
 
 

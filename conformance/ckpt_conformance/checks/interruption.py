@@ -14,7 +14,7 @@ from ckpt_core.agents import AgentGroup
 from ckpt_core.api import Updater
 from ckpt_core.metrics import Stage
 
-_PATIENCE_S = 2.0  # until then a rank has told that something was loaded, or it will not
+_PATIENCE_S = 8.0  # until then a rank has told that something was loaded, or it will not
 
 
 class Interruption:

@@ -13,6 +13,7 @@ from ckpt_conformance.checks.expect import differs
 from ckpt_conformance.checks.interruption import Interruption
 from ckpt_conformance.checks.registry import CheckFailed, check
 from ckpt_conformance.checks.updates import failure_of, updater_of
+from ckpt_conformance.harness import NotOffered
 from ckpt_conformance.levels import Level, Tier
 from ckpt_core.capability import Capability
 from ckpt_core.contract import Rendezvous
@@ -77,6 +78,8 @@ def peer_lost(bench: Bench) -> None:
         with interruption.of(updater):
             error = failure_of(updater, bench.checkpoint(2).path)
         _expect_honest(bench, error, workers, old)
+        if not any(differs(old, bench.harness.live(worker)) for worker in workers):
+            raise NotOffered("workers that an agent's death meets in the middle: nothing was written")
     _mend(bench, workers)
     for worker in workers:
         bench.expect_fresh(worker, bench.checkpoint(2))

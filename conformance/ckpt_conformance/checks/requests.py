@@ -47,11 +47,13 @@ def _register_in_flight(capability: Capability, mode: PauseMode) -> None:
             wanted = min(_FINISHED, server.most_tokens) if mode is PauseMode.WAIT else server.most_tokens
             answer = _met_by_an_update(bench, server, mode, wanted)
             _expect_end(answer, wanted, mode)
-            if versions := answer.versions:
-                goes_on = mode in (PauseMode.KEEP, PauseMode.RETRACT)
-                _expect_versions(versions, ["old", "new"] if goes_on else ["old"])
-                if mode is PauseMode.RETRACT:
-                    _expect_computed_again(server, answer)
+            if not answer.versions and mode is not PauseMode.ABORT:  # an answer of full length may be of any
+                raise NotOffered("versions of tokens")
+            goes_on = mode in (PauseMode.KEEP, PauseMode.RETRACT)
+            if answer.versions:
+                _expect_versions(answer.versions, ["old", "new"] if goes_on else ["old"])
+            if mode is PauseMode.RETRACT:
+                _expect_computed_again(server, answer)
 
 
 for _capability, _mode in (
@@ -93,12 +95,13 @@ def _met_by_an_update(bench: Bench, server: Server, mode: PauseMode, wanted: int
             updating.update(bench.checkpoint(1).path, version="old")
             answer = Answer(_stream_of(server)(PROMPT, wanted))
             with _before_the_pause(answer.begin):
-                updating.update(bench.checkpoint(2).path, version="new")
+                (met,) = updating.update(bench.checkpoint(2).path, version="new").in_flight
             answer.read(until=lambda so_far: len(so_far.of("new")) >= _AFTERWARDS)
             # an engine with a tiny model may be through before its server told the first token: that was no meeting
-            if mode is PauseMode.WAIT or len(answer.token_ids) < wanted or answer.versions not in ([], ["old"]):
-                break
-        return answer
+            over = len(answer.token_ids) == wanted and answer.versions in ([], ["old"])
+            if mode is PauseMode.WAIT or met.requests or not over:
+                return answer
+    raise NotOffered(f"requests that last until the pause: {_ATTEMPTS} were over before it")
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _THROUGH_S = 10.0
     "failed_update_is_silent",
     level=Level.TRANSACTIONAL,
     tier=Tier.GROUP,
-    needs=(Capability.POISON_GUARD,),
+    needs=(Capability.POISON_GUARD, Capability.RELOADABLE_ABORT),
     rule="An update that fails after weights were written ends as POISONED, no token is produced, and a new update mends it.",
     usual_cause="The failure is swallowed in the engine, or its resume route does not ask the guard.",
 )
@@ -51,7 +51,7 @@ def failed_update_is_silent(bench: Bench) -> None:
     "all_or_none",
     level=Level.TRANSACTIONAL,
     tier=Tier.GROUP,
-    needs=(Capability.POISON_GUARD,),
+    needs=(Capability.POISON_GUARD, Capability.RELOADABLE_ABORT),
     rule="Where one engine of an update fails none serves the new weights, also where it had finished; a new update mends all.",
     usual_cause="Weights that are whole are taken for committed: the guard, or an abort, is ignored after finish.",
 )
@@ -76,6 +76,7 @@ def all_or_none(bench: Bench) -> None:
     level=Level.TRANSACTIONAL,
     tier=Tier.GROUP,
     kinds=(ModelKind.PLAIN, ModelKind.QUANTISED),
+    needs=(Capability.RELOADABLE_ABORT,),
     rule="With the old version warm a failed update ends as RESTORED: every bit, the tokens and the version are the old ones.",
     usual_cause="State of the failed update that goes into the one that undoes it.",
 )
