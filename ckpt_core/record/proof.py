@@ -19,7 +19,6 @@ from ckpt_core.record.recording import Fill, Recording
 from ckpt_core.record.watch import named_tensors, sums_of_others
 from ckpt_core.strided import Strided
 
-_UNCHANGED = "did not change: this update proves nothing about it"
 _MOST_TRIES = 3  # watching costs as much as several updates
 
 
@@ -32,6 +31,14 @@ class Verdict:
 
     proved: tuple[Component, ...]
     why_not: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Doubt:
+    """Why a component is not proved; `refutes` where the update speaks against it, and does not merely leave it open."""
+
+    why: str
+    refutes: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,30 +108,32 @@ class Proof:
         why_not = {_name(component): component.why_not for component in self.components if component.why_not}
         unseen: list[Component] = []
         for component in self._open:
-            reasons = [f"{changed[0]} changed with the weights"] if changed else self._reasons(component, named)
-            if not reasons:
+            doubts = (
+                [_Doubt(why=f"{changed[0]} changed with the weights")] if changed else self._doubts(component, named)
+            )
+            if not doubts:
                 self._proved.append(component)
                 continue
-            why_not[_name(component)] = reasons[0]
-            if all(reason.endswith(_UNCHANGED) for reason in reasons):
+            why_not[_name(component)] = doubts[0].why
+            if not any(doubt.refutes for doubt in doubts):
                 unseen.append(component)
         if self._proved:  # what speaks against a component counts for good, once there is something to replay
             self._open = unseen
         return Verdict(proved=tuple(self._proved), why_not=why_not)
 
-    def _reasons(self, component: Component, named: dict[str, torch.Tensor]) -> list[str]:
-        return [why for name in sorted(component.parameters) if (why := self._why_not(name, named))]
+    def _doubts(self, component: Component, named: dict[str, torch.Tensor]) -> list[_Doubt]:
+        return [doubt for name in sorted(component.parameters) if (doubt := self._doubt(name, named))]
 
-    def _why_not(self, name: str, named: dict[str, torch.Tensor]) -> str:
+    def _doubt(self, name: str, named: dict[str, torch.Tensor]) -> _Doubt | None:
         now = named.get(name)
         if now is None or now.data_ptr() != self._places[name]:
-            return f"{name} got other memory"
+            return _Doubt(why=f"{name} got other memory")
         value = _sum_in_storage(now)
         if value != self._arrived.get(name):
-            return f"{name} is not what was copied into it"
+            return _Doubt(why=f"{name} is not what was copied into it")
         if value == self._before[name]:
-            return f"{name} {_UNCHANGED}"
-        return ""
+            return _Doubt(why=f"{name} did not change: this update proves nothing about it", refutes=False)
+        return None
 
     def _add(self, name: str, value: int) -> None:
         self._arrived[name] = add(self._arrived.get(name, 0), value)

@@ -113,9 +113,8 @@ class RecordedModel:
     def begin(self) -> None:
         """Right before the engine's begin hook."""
         self.wrote = False
-        if (
-            self._homes_of is not self._replay
-        ):  # not earlier: what the last update replayed was compared after it was judged
+        # not as soon as there is another replay: what an update replayed is compared after it was judged
+        if self._homes_of is not self._replay:
             self._homes, self._homes_of = LiveHomes(), self._replay
         self._homes.begin()
         self._watched = self._active and self._proof is not None and self._proof.worth_a_try
