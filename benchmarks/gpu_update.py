@@ -268,8 +268,12 @@ def print_results(results: list[Result], peers: dict[str, dict[str, Any]], limit
 
 def machine(world: int) -> dict[str, str]:
     """What ran it."""
+    return {"gpus": f"{world} x {torch.cuda.get_device_name(0)}", **host()}
+
+
+def host() -> dict[str, str]:
+    """The same without GPUs."""
     return {
-        "gpus": f"{world} x {torch.cuda.get_device_name(0)}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "kernel": platform.release(),

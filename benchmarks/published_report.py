@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import gpu_update
 import torch
 from published_budget import Selection
 from published_cases import Row, Way
@@ -98,18 +97,14 @@ def _caption(selection: Selection) -> str:
 def machine(world: int, device: str) -> dict[str, str]:
     """What ran it."""
     about = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "cores": str(os.cpu_count()),
+        **gpu_update.host(),
         "memory GB": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f}",
         "nodes of memory": str(len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))),
-        "date": time.strftime("%Y-%m-%d"),
     }
     if device != "cuda":
         return {"ranks": f"{world} on CPU", **about}
     return {
-        "gpus": f"{world} x {torch.cuda.get_device_name(0)}",
+        **gpu_update.machine(world),
         "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
         **about,
